@@ -1,0 +1,50 @@
+"""BatchNorm scale: network slimming. Liu et al., ICCV 2017, arXiv:1708.06519.
+
+The saliency of a channel is |gamma| of the BatchNorm over it, summed over coupled BatchNorms. A
+group without BatchNorm over its channels has no such score; its units get the mean of all others,
+so that they are pruned at an average rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from paretoprune.criteria.base import Calibration, sum_over_group
+from paretoprune.surgery import PruningGraph
+
+
+@dataclass(frozen=True, slots=True)
+class BnScale:
+    """Absolute BatchNorm scale of a channel, averaged over the coupled BatchNorms."""
+
+    summary: ClassVar[str] = "absolute BatchNorm scale (network slimming)"
+    paper: ClassVar[str] = "Liu et al., ICCV 2017, arXiv:1708.06519"
+
+    def __call__(
+        self, model: nn.Module, graph: PruningGraph, calibration: Calibration
+    ) -> Mapping[str, Tensor]:
+        """See `Criterion`."""
+        scales = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, _NormBase) and module.weight is not None
+        }
+        totals = sum_over_group(model, graph, lambda name, w: w.abs() if name in scales else None)
+        saliency: dict[str, Tensor] = {}
+        missing: list[str] = []
+        for group in graph.open_groups:
+            norms = sum(len(item.indices[0]) for item in group.slices if item.parameter in scales)
+            if norms:
+                saliency[group.name] = totals[group.name] / norms
+            else:
+                missing.append(group.name)
+        known = torch.cat(list(saliency.values())) if saliency else torch.ones(1)
+        for name in missing:
+            saliency[name] = torch.full((graph.groups[name].size,), known.mean().item())
+        return saliency

@@ -1,0 +1,178 @@
+"""select: saliencies and a budget in, a plan on budget out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from paretoprune.criteria.budget import Allowance, fit
+from paretoprune.surgery import InfeasibleBudget, PrunableGroup, PruningGraph, PruningPlan
+
+Allocation = Literal["global", "uniform"]
+
+
+def select(
+    graph: PruningGraph,
+    saliency: Mapping[str, Tensor],
+    *,
+    budget: float | int | None = None,
+    ratios: Mapping[str, float] | None = None,
+    removed: tuple[str, ...] = (),
+    allocation: Allocation = "global",
+    offsets: Mapping[str, float] | None = None,
+) -> PruningPlan:
+    """Returns the plan that keeps the units of highest saliency.
+
+    With a `budget`, units leave in ascending priority until the MACs fit; the last percent is
+    filled with the best units that still fit. The priority of a unit is the quantile of its
+    saliency among all units (`global`) or within its group (`uniform`), plus its group's offset.
+    With `ratios`, each group loses its own share. Equal saliencies leave in unit order, and counts
+    are exact. Every group keeps at least one unit.
+
+    Args:
+        graph: From `surgery.trace`.
+        saliency: By group name, shape (group.size,); higher = keep.
+        budget: A float in (0, 1] is the fraction of the dense network's MACs to keep, an int
+            the MACs themselves.
+        ratios: Pruning ratio by group name, in [0, 1); a group not named is kept whole.
+        removed: Blocks that are removed whole; their inner groups are not ranked.
+        allocation: `global` or `uniform`.
+        offsets: By group name, added to the priorities of its units; positive keeps more.
+
+    Returns:
+        A plan with `0.99 * target < macs <= target`, or with the given ratios.
+
+    Raises:
+        InfeasibleBudget: If no such plan exists; names the reachable limit.
+        ValueError: If not exactly one of `budget` and `ratios` is given, or one is out of range.
+    """
+    if (budget is None) == (ratios is None):
+        raise ValueError("give either `budget` or `ratios`, and not both.")
+    groups = rankable(graph, removed)
+    if ratios is not None:
+        return PruningPlan(_by_ratio(graph, groups, saliency, ratios), removed)
+    assert budget is not None
+    target = target_macs(graph, budget)
+    priorities = _priorities(groups, saliency, allocation, offsets or {})
+    allowance = Allowance(graph, groups, removed)
+    _check_reachable(allowance, target)
+    kept = fit(allowance, priorities, target)
+    return PruningPlan(kept, removed)
+
+
+def rankable(graph: PruningGraph, removed: tuple[str, ...]) -> tuple[PrunableGroup, ...]:
+    """Returns the open groups that are not inside a removed block."""
+    gone = {
+        name for block in removed if block in graph.blocks for name in graph.blocks[block].groups
+    }
+    return tuple(group for group in graph.open_groups if group.name not in gone)
+
+
+def target_macs(graph: PruningGraph, budget: float | int) -> int:
+    """Returns a budget in MACs.
+
+    Args:
+        graph: From `surgery.trace`.
+        budget: A float in (0, 1] is a fraction of the dense MACs, an int is MACs.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    dense = graph.cost().macs
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise ValueError(f"a budget is a fraction (float) or MACs (int), but got {budget!r}.")
+    if isinstance(budget, int):
+        if not 0 < budget <= dense:
+            raise ValueError(
+                f"a budget in MACs lies in [1, {dense}] (the dense network), but got {budget}."
+            )
+        return budget
+    if not 0 < budget <= 1:
+        raise ValueError(f"a budget as a fraction lies in (0, 1], but got {budget}.")
+    return math.floor(budget * dense)
+
+
+def smallest_macs(graph: PruningGraph, removed: tuple[str, ...] = ()) -> int:
+    """Returns the MACs with one unit left in every group and the given blocks removed."""
+    return Allowance(graph, rankable(graph, removed), removed).smallest
+
+
+def _check_reachable(allowance: Allowance, target: int) -> None:
+    dense = allowance.dense
+    if allowance.smallest > target:
+        raise InfeasibleBudget(
+            f"the budget of {target:,} MACs ({target / dense:.2%} of the dense network) cannot be "
+            f"reached: the smallest reachable is {allowance.smallest:,} MACs "
+            f"({allowance.smallest / dense:.2%})."
+        )
+    if allowance.largest <= 0.99 * target:
+        raise InfeasibleBudget(
+            f"removing the blocks alone leaves {allowance.largest:,} MACs "
+            f"({allowance.largest / dense:.2%} of the dense network), more than 1 % under the "
+            f"budget of {target:,}; remove fewer blocks."
+        )
+
+
+def _by_ratio(
+    graph: PruningGraph,
+    groups: tuple[PrunableGroup, ...],
+    saliency: Mapping[str, Tensor],
+    ratios: Mapping[str, float],
+) -> dict[str, tuple[int, ...]]:
+    names = {group.name: group.size for group in groups}
+    kept = {}
+    for name, ratio in ratios.items():
+        if name not in names:
+            raise ValueError(f"{name!r} is no prunable group here; prunable: {', '.join(names)}.")
+        if not 0 <= ratio < 1:
+            raise ValueError(
+                f"a pruning ratio must lie in [0, 1), but got {ratio} for group {name!r}."
+            )
+        gone = min(math.floor(ratio * names[name] + 0.5), names[name] - 1)
+        if gone:
+            order = _scores(saliency, graph.groups[name]).argsort(stable=True)
+            kept[name] = tuple(order[gone:].tolist())
+    return kept
+
+
+def _scores(saliency: Mapping[str, Tensor], group: PrunableGroup) -> Tensor:
+    values = saliency.get(group.name)
+    if values is None or tuple(values.shape) != (group.size,) or not bool(values.isfinite().all()):
+        got = "none" if values is None else f"shape {tuple(values.shape)}"
+        raise ValueError(
+            f"group {group.name!r} needs {group.size} finite saliencies, but got {got}."
+        )
+    return values.double().cpu()
+
+
+def _priorities(
+    groups: tuple[PrunableGroup, ...],
+    saliency: Mapping[str, Tensor],
+    allocation: Allocation,
+    offsets: Mapping[str, float],
+) -> list[Tensor]:
+    """Returns, per group, the priority of each unit, shape (group.size,); lowest leaves first."""
+    scores = [_scores(saliency, group) for group in groups]
+    if allocation == "global":
+        quantiles = (
+            list(_quantiles(torch.cat(scores)).split([g.size for g in groups])) if groups else []
+        )
+    elif allocation == "uniform":
+        quantiles = [_quantiles(values) for values in scores]
+    else:
+        raise ValueError(f"allocation is 'global' or 'uniform', but got {allocation!r}.")
+    return [
+        values + offsets.get(group.name, 0.0)
+        for group, values in zip(groups, quantiles, strict=True)
+    ]
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    order = values.argsort(stable=True)
+    ranks = torch.empty(len(values), dtype=torch.float64)
+    ranks[order] = torch.arange(len(values), dtype=torch.float64)
+    return (ranks + 0.5) / len(values)

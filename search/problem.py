@@ -1,0 +1,77 @@
+"""Problem and Objective: what a search optimises, on which network and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batch = tuple[Any, Tensor]
+"""(inputs, targets); inputs as `surgery.trace` takes them: a tensor, a tuple or a dict."""
+
+
+class Direction(Enum):
+    """Whether smaller or larger values of an objective are better."""
+
+    MINIMIZE = "minimize"
+    MAXIMIZE = "maximize"
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A measured quantity that the search optimises.
+
+    Attributes:
+        name: Key of the quantity among a record's metrics.
+        direction: Which way is better.
+        unit: Unit, for people.
+        reference: Worst value counted in the hypervolume; None takes the dense network's value
+            times 1 for a cost, and for a loss the loss of the uniform guess.
+    """
+
+    name: str
+    direction: Direction
+    unit: str
+    reference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A trained network with the data that a search needs; what a recipe yields.
+
+    Attributes:
+        model: The dense network, trained.
+        example_inputs: A tensor, tuple of arguments or dict of keyword arguments; batch first.
+        calibration: A re-iterable of (inputs, targets) batches of training data without
+            augmentation, for criteria and reconstruction.
+        validation: A re-iterable of batches held out of the training data: the search split, on
+            which candidates are compared. Never the test split.
+        recalibration: A re-iterable of training batches with the training augmentation, for
+            BatchNorm statistics; None takes `calibration`.
+        test: Called once, for the final report, returns a re-iterable of test batches; None
+            where there is no test split.
+        loss: (outputs, targets) -> scalar mean loss.
+        name: For people and file names.
+        reference: Where the architecture can be built again, as `package.module:function` or
+            `torchvision:NAME`; None if unknown.
+        arguments: Keyword arguments of `reference`.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    calibration: Iterable[Batch]
+    validation: Iterable[Batch]
+    recalibration: Iterable[Batch] | None = None
+    test: Callable[[], Iterable[Batch]] | None = None
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
+    name: str = "model"
+    reference: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arguments", MappingProxyType(dict(self.arguments)))

@@ -1,0 +1,114 @@
+"""Record: the permanent fact of one trial, with a typed outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, assert_never
+
+from paretoprune.search.candidate import Candidate
+from paretoprune.surgery import Cost, PruningPlan
+
+SEED = "seed"
+"""Origin of a trial that the search began with: a one-shot allocation."""
+SAMPLER = "sampler"
+"""Origin of a trial that the sampler suggested."""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The candidate was evaluated.
+
+    Attributes:
+        metrics: Measured quantities by name: `loss` and `accuracy` on the search split, `macs`,
+            `params`.
+        seconds: Wall time of the evaluation; 0 where an earlier trial had the same plan, whose
+            metrics it takes.
+    """
+
+    metrics: Mapping[str, float]
+    seconds: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
+        return Completed, (dict(self.metrics), self.seconds)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The evaluation went wrong; `error` says how in one line."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """No plan realises the candidate on its budget; it was not evaluated."""
+
+    reason: str
+
+
+Outcome = Completed | Failed | Infeasible
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trial: what was decided, what it became, how it ended.
+
+    Attributes:
+        number: Number of the trial within its search, from 0.
+        candidate: The decision.
+        plan: The plan it decoded to; None where it is infeasible.
+        cost: Cost of the plan; None where it is infeasible.
+        outcome: How it ended.
+        origin: `seed` for a one-shot allocation that the search began with, else `sampler`.
+    """
+
+    number: int
+    candidate: Candidate
+    plan: PruningPlan | None
+    cost: Cost | None
+    outcome: Outcome
+    origin: str = SAMPLER
+
+
+def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
+    """Returns the outcome as plain values, for JSON."""
+    match outcome:
+        case Completed():
+            return {
+                "outcome": "completed",
+                "metrics": dict(outcome.metrics),
+                "seconds": outcome.seconds,
+            }
+        case Failed():
+            return {"outcome": "failed", "error": outcome.error}
+        case Infeasible():
+            return {"outcome": "infeasible", "reason": outcome.reason}
+        case _:
+            assert_never(outcome)
+
+
+def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
+    """Returns the outcome that `outcome_to_json` wrote.
+
+    Raises:
+        ValueError: If `data` has another form.
+    """
+    try:
+        match data["outcome"]:
+            case "completed":
+                return Completed(metrics=data["metrics"], seconds=data["seconds"])
+            case "failed":
+                return Failed(error=data["error"])
+            case "infeasible":
+                return Infeasible(reason=data["reason"])
+            case other:
+                raise ValueError(
+                    f"an outcome is completed, failed or infeasible, but got {other!r}."
+                )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not an outcome: {data!r}.") from error

@@ -1,0 +1,22 @@
+"""Surgery: a dense model and a plan in, a smaller equal model out. Needs torch alone."""
+
+from paretoprune.surgery.cost import Cost
+from paretoprune.surgery.errors import InfeasibleBudget, UnsupportedModel
+from paretoprune.surgery.graph import PruningGraph
+from paretoprune.surgery.groups import Block, ChannelSlice, PrunableGroup
+from paretoprune.surgery.plan import PruningPlan
+from paretoprune.surgery.prune import prune
+from paretoprune.surgery.trace import trace
+
+__all__ = [
+    "Block",
+    "ChannelSlice",
+    "Cost",
+    "InfeasibleBudget",
+    "PrunableGroup",
+    "PruningGraph",
+    "PruningPlan",
+    "UnsupportedModel",
+    "prune",
+    "trace",
+]

@@ -1,0 +1,53 @@
+"""PrunableGroup, ChannelSlice, Block: what can be removed, by qualified names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSlice:
+    """Where the units of a group lie along one axis of one parameter.
+
+    Attributes:
+        parameter: Qualified name of a parameter or buffer.
+        axis: The axis along which units lie.
+        indices: Per unit, its positions along that axis; every unit has equally many.
+    """
+
+    parameter: str
+    axis: int
+    indices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrunableGroup:
+    """Coupled channels: units that are removed from all their slices together.
+
+    Zeroing all slices of a unit masks it: the dense network then computes what the pruned one
+    does.
+
+    Attributes:
+        name: Qualified name of the first layer that produces the units.
+        size: Number of units.
+        slices: Every place where the units lie.
+        frozen: None, or the reason why the units cannot be removed.
+    """
+
+    name: str
+    size: int
+    slices: tuple[ChannelSlice, ...]
+    frozen: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A residual block that can be removed whole: without its branch it is the identity.
+
+    Attributes:
+        name: Qualified name of the module that becomes an identity.
+        groups: Names of the groups that lie inside it alone and disappear with it.
+    """
+
+    name: str
+    groups: tuple[str, ...] = ()

@@ -1,0 +1,112 @@
+"""prune: a dense model and a plan in, a smaller equal model out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretoprune.surgery.attributes import follow_weights
+from paretoprune.surgery.graph import PruningGraph
+from paretoprune.surgery.plan import PruningPlan
+
+
+def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module:
+    """Returns a new module without the units and blocks that the plan does not keep.
+
+    Every parameter and buffer is copied once, already at its new size; nothing is shared with
+    the input, which is left untouched.
+
+    Args:
+        model: The dense network that `graph` was traced from (weights may differ).
+        graph: From `trace`.
+        plan: What to keep.
+
+    Raises:
+        ValueError: If the plan does not fit the network.
+    """
+    mask = graph.kept_mask(plan)
+    keep = _kept_positions(graph, mask)
+    memo: dict[int, Any] = {}
+    for name in plan.removed:
+        memo[id(model.get_submodule(name))] = nn.Identity().train(model.training)
+    aliases: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        if not _inside(name, plan.removed) or id(tensor) in tensors:
+            aliases.setdefault(id(tensor), []).append(name)
+            tensors[id(tensor)] = tensor
+    for key, tensor in tensors.items():
+        memo[key] = _sliced(tensor, [keep[name] for name in aliases[key] if name in keep])
+    small = copy.deepcopy(model, memo)
+    _follow(small, graph, mask, plan)
+    return small
+
+
+def _inside(name: str, blocks: tuple[str, ...]) -> bool:
+    return any(name.startswith(f"{block}.") for block in blocks)
+
+
+def _kept_positions(graph: PruningGraph, mask: Tensor) -> dict[str, dict[int, Tensor]]:
+    """Returns, by parameter and axis, the positions that stay, where any goes."""
+    keep: dict[str, dict[int, Tensor]] = {}
+    for (name, axis), units in graph.units.items():
+        kept = mask[units]
+        if not bool(kept.all()):
+            keep.setdefault(name, {})[axis] = kept.nonzero().squeeze(1)
+    return keep
+
+
+def _sliced(tensor: Tensor, cuts: list[dict[int, Tensor]]) -> Tensor:
+    data = tensor.detach()
+    axes = {axis: positions for cut in cuts for axis, positions in cut.items()}
+    for axis, positions in axes.items():
+        data = data.index_select(axis, positions.to(data.device))
+    if not axes:
+        data = data.clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+    return data
+
+
+def _follow(small: nn.Module, graph: PruningGraph, mask: Tensor, plan: PruningPlan) -> None:
+    for module in small.modules():
+        follow_weights(module)
+    for name, (dim, units) in graph.pads.items():
+        if _inside(f"{name}.", plan.removed):
+            continue
+        pad: Any = small.get_submodule(name)
+        widths = list(pad.padding)
+        kept = mask[units]
+        index = 2 * dim  # `dim` counts from the last one
+        before, after = widths[index], widths[index + 1]
+        widths[index] = int(kept[:before].sum())
+        widths[index + 1] = int(kept[len(kept) - after :].sum())
+        pad.padding = tuple(widths)
+
+
+def masked_tensors(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> dict[str, Tensor]:
+    """Returns the dense parameters and buffers with every unit that goes zeroed in all slices.
+
+    `torch.func.functional_call(model, masked, inputs)` then computes what the pruned network
+    does: the oracle of surgery.
+
+    Raises:
+        ValueError: If the plan does not fit the network.
+    """
+    mask = graph.kept_mask(plan)
+    masked = {
+        name: tensor.detach().clone()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    with torch.no_grad():
+        for (name, axis), units in graph.units.items():
+            gone = (~mask[units]).nonzero().squeeze(1)
+            if gone.numel() and name in masked:
+                masked[name].index_fill_(axis, gone.to(masked[name].device), 0)
+    return masked

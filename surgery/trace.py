@@ -1,0 +1,205 @@
+"""trace: finds what can be removed from a network, and proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretoprune.surgery.blocks import find_blocks
+from paretoprune.surgery.check import broken
+from paretoprune.surgery.cost import Factor, Polynomial, Term
+from paretoprune.surgery.graph import Extent, PruningGraph
+from paretoprune.surgery.groups import Block, ChannelSlice, PrunableGroup
+from paretoprune.surgery.labels import Labels
+from paretoprune.surgery.program import Program, export_program
+from paretoprune.surgery.tracer import Tracer
+
+_SIZED = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand")
+
+
+def trace(model: nn.Module, example_inputs: Any) -> PruningGraph:
+    """Returns the prunable groups, removable blocks and costs of a network.
+
+    The network is exported once and walked on channel labels. Then half the units of every group
+    are pruned and compared with the masked dense network, and likewise the blocks; what differs
+    is found by bisection and frozen. The model is left untouched.
+
+    Args:
+        model: A module that `torch.export` accepts; random or trained.
+        example_inputs: A tensor, tuple of arguments or dict of keyword arguments; batch first.
+
+    Raises:
+        UnsupportedModel: If `torch.export` refuses the model.
+    """
+    program = export_program(model, example_inputs)
+    tracer = Tracer(program, model)
+    tracer.walk()
+    classes, frozen = tracer.unions.solve()
+    tracer.parameter_axes(classes, frozen)
+    groups, unit_of_class = _form_groups(tracer, classes, frozen)
+    extents = find_blocks(program)
+    graph = _build(tracer, classes, groups, unit_of_class, extents)
+    groups_broken, blocks_broken = broken(model, graph, example_inputs)
+    if groups_broken or blocks_broken:
+        for name, reason in groups_broken.items():
+            group = groups[name]
+            groups[name] = PrunableGroup(name, group.size, group.slices, reason)
+        extents = {name: e for name, e in extents.items() if name not in blocks_broken}
+        graph = _build(tracer, classes, groups, unit_of_class, extents)
+    return graph
+
+
+def _form_groups(
+    tracer: Tracer, classes: Tensor, frozen: Mapping[int, str]
+) -> tuple[dict[str, PrunableGroup], dict[str, Tensor]]:
+    """Returns the groups by name, and by name the label classes of their units.
+
+    Units with the same slices, equally often in each, and the same reason form a group.
+    """
+    axes = {key: classes[ids] for key, ids in tracer.axes.items()}
+    generator = torch.Generator().manual_seed(0)
+    signature = torch.zeros(len(classes), dtype=torch.int64)
+    for ids in axes.values():
+        signature += ids.bincount(minlength=len(classes)) * _hash(generator)
+    reasons = {"": 0} | {reason: _hash(generator) for reason in dict.fromkeys(frozen.values())}
+    for root, reason in frozen.items():
+        signature[root] += reasons[reason]
+    groups: dict[str, PrunableGroup] = {}
+    members: dict[str, Tensor] = {}
+    seen = torch.zeros(len(classes), dtype=torch.bool)
+    seen[0] = True
+    for parameter, axis in tracer.producers:
+        ids = axes[parameter, axis]
+        for key in signature[ids[~seen[ids]]].unique_consecutive().tolist():
+            roots = _ordered_unique(ids[(signature[ids] == key) & ~seen[ids]])
+            if not len(roots):
+                continue
+            seen[roots] = True
+            name = _unused(parameter.rpartition(".")[0] or parameter, groups)
+            reason = frozen.get(int(roots[0]))
+            if reason is None and len(roots) == 1:
+                reason = "all its channels are one unit"
+            groups[name] = PrunableGroup(name, len(roots), _slices(axes, roots), reason)
+            members[name] = roots
+    return groups, members
+
+
+def _hash(generator: torch.Generator) -> int:
+    return int(torch.randint(-(2**62), 2**62, (1,), generator=generator).item())
+
+
+def _ordered_unique(ids: Tensor) -> Tensor:
+    return torch.tensor(list(dict.fromkeys(ids.tolist())), dtype=torch.int64)
+
+
+def _unused(name: str, taken: Mapping[str, object]) -> str:
+    number, unique = 2, name
+    while unique in taken:
+        unique = f"{name}#{number}"
+        number += 1
+    return unique
+
+
+def _slices(axes: Mapping[tuple[str, int], Tensor], roots: Tensor) -> tuple[ChannelSlice, ...]:
+    slices = []
+    size = int(max(int(roots.max()), *(int(ids.max()) for ids in axes.values()))) + 1
+    unit = torch.full((size,), -1, dtype=torch.int64)
+    unit[roots] = torch.arange(len(roots))
+    for (parameter, axis), ids in axes.items():
+        units = unit[ids]
+        positions = (units >= 0).nonzero().squeeze(1)
+        if len(positions):
+            order = units[positions].argsort(stable=True)
+            table = positions[order].reshape(len(roots), -1).tolist()
+            slices.append(ChannelSlice(parameter, axis, tuple(tuple(row) for row in table)))
+    return tuple(slices)
+
+
+def _build(
+    tracer: Tracer,
+    classes: Tensor,
+    groups: Mapping[str, PrunableGroup],
+    members: Mapping[str, Tensor],
+    extents: Mapping[str, Extent],
+) -> PruningGraph:
+    program = tracer.program
+    unit = torch.full((len(classes),), -1, dtype=torch.int64)
+    owner = torch.full((len(classes),), -1, dtype=torch.int64)
+    start = 0
+    for index, group in enumerate(groups.values()):
+        if group.frozen is None:
+            unit[members[group.name]] = torch.arange(start, start + group.size)
+            owner[members[group.name]] = index
+        start += group.size
+    sizes = [group.size for group in groups.values()]
+
+    def factor(ids: Tensor) -> Factor:
+        owners = owner[classes[ids]]
+        counts = owners[owners >= 0].bincount(minlength=len(sizes)).tolist()
+        per_unit = {i: count // sizes[i] for i, count in enumerate(counts) if count}
+        return Factor(int((owners < 0).sum()), per_unit)
+
+    names = list(extents)
+    macs = [
+        Term(
+            term.coefficient,
+            tuple(factor(ids) for ids in term.factors),
+            frozenset(i for i, n in enumerate(names) if term.node in extents[n].nodes),
+        )
+        for term in tracer.terms
+    ]
+    params = [
+        _params_term(node.target, node.shape, tracer, factor, names)  # type: ignore[arg-type]
+        for node in program.nodes.values()
+        if node.kind == "parameter" and node.name.startswith("p_")
+    ]
+    units = {key: unit[classes[ids]] for key, ids in tracer.axes.items()}
+    pads = {}
+    for module, (dim, labels) in tracer.pads.items():
+        from_last = len(labels.shape) - 1 - dim
+        pads[module] = (from_last, unit[classes[labels.ids.reshape(-1)]])
+    return PruningGraph(
+        program,
+        groups,
+        {name: Block(name, _inner(name, groups)) for name in names},
+        units={key: value for key, value in units.items() if bool((value >= 0).any())},
+        pads=pads,
+        layouts=_layouts(program, tracer, unit, classes),
+        extents=extents,
+        macs=Polynomial(macs, len(groups), len(names)),
+        params=Polynomial(params, len(groups), len(names)),
+    )
+
+
+def _params_term(
+    name: str, shape: tuple[int, ...], tracer: Tracer, factor: Any, names: Any
+) -> Term:
+    rest = 1
+    factors = []
+    for axis, size in enumerate(shape):
+        if (name, axis) in tracer.axes:
+            factors.append(factor(tracer.axes[name, axis]))
+        else:
+            rest *= size
+    inside = frozenset(i for i, block in enumerate(names) if name.startswith(f"{block}."))
+    return Term(rest, tuple(factors), inside)
+
+
+def _layouts(program: Program, tracer: Tracer, unit: Tensor, classes: Tensor) -> dict[str, Tensor]:
+    layouts = {}
+    for node in program.nodes.values():
+        value = tracer.values.get(node.name)
+        if node.target.startswith(_SIZED) and isinstance(value, Labels) and value.present:
+            layouts[node.name] = unit[classes[value.ids]]
+    return layouts
+
+
+def _inner(block: str, groups: Mapping[str, PrunableGroup]) -> tuple[str, ...]:
+    return tuple(
+        group.name
+        for group in groups.values()
+        if all(item.parameter.startswith(f"{block}.") for item in group.slices)
+    )
