@@ -1,0 +1,148 @@
+"""The layers whose weights reconstruction refits, and what surrounds each of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from paretoprune.surgery.graph import PruningGraph
+from paretoprune.surgery.least_squares import Geometry
+from paretoprune.surgery.program import Node, Ref
+
+_LAYERS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "linear": 0}
+_PASS = {"dropout", "contiguous", "clone", "alias", "detach"}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm right after a layer: names of its tensors, and its epsilon."""
+
+    scale: str | None
+    shift: str | None
+    mean: str
+    variance: str
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A convolution or linear layer that reads channels.
+
+    Attributes:
+        node: Name of its node.
+        source: Name of the value that it reads.
+        weight: Name of its weight.
+        bias: Name of its bias, if any.
+        geometry: How it reads its input.
+        norm: The BatchNorm that alone reads its output, if any.
+        stream: Name of the sum that its output (after the norm) is added into, if any.
+        shortcut: Name of the other summand; known before the layer runs.
+    """
+
+    node: str
+    source: str
+    weight: str
+    bias: str | None
+    geometry: Geometry
+    norm: Norm | None = None
+    stream: str | None = None
+    shortcut: str | None = None
+
+    @property
+    def target(self) -> str:
+        """Name of the dense value that the layer should reproduce."""
+        return self.stream or self.node
+
+
+def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
+    """Returns the layers that can be refitted, by node name in execution order.
+
+    A layer whose weight is used twice is left out: two sites cannot be fitted one after another.
+    """
+    program = graph.program
+    users = program.users()
+    order = {name: index for index, name in enumerate(program.nodes)}
+    uses = Counter(
+        program.nodes[ref].target
+        for node in program.nodes.values()
+        for ref in node.refs()
+        if program.nodes[ref].kind == "parameter"
+    )
+
+    def parameter(ref: Any, *, once: bool = True) -> str | None:
+        if not isinstance(ref, Ref) or program.nodes[ref.name].kind != "parameter":
+            return None
+        name = program.nodes[ref.name].target
+        return name if not once or uses[name] == 1 else None
+
+    def only_user(name: str) -> Node | None:
+        while len(users[name]) == 1 and name not in program.outputs:
+            user = users[name][0]
+            if _operator(user) not in _PASS:
+                return user
+            name = user.name
+        return None
+
+    consumers = {}
+    for node in program.nodes.values():
+        weight = parameter(node.args[1]) if _operator(node) in _LAYERS else None
+        if weight is None or not isinstance(node.args[0], Ref):
+            continue
+        if program.nodes[node.args[0].name].kind == "parameter":
+            continue
+        bias = parameter(node.args[2]) if len(node.args) > 2 else None
+        geometry = _geometry(node, program.nodes[node.args[1].name].shape)
+        after = only_user(node.name)
+        norm = None
+        if after is not None and _operator(after) == "batch_norm" and not after.args[5]:
+            names = [parameter(ref) for ref in after.args[1:5]]
+            if names[2] is not None and names[3] is not None:
+                norm = Norm(names[0], names[1], names[2], names[3], float(after.args[7]))
+                after = only_user(after.name)
+            else:
+                after = None
+        stream, shortcut = _addition(after, node, order, program)
+        consumers[node.name] = Consumer(
+            node.name, node.args[0].name, weight, bias, geometry, norm, stream, shortcut
+        )
+    return consumers
+
+
+def _addition(
+    after: Node | None, node: Node, order: dict[str, int], program: Any
+) -> tuple[str | None, str | None]:
+    """Returns the sum and its other summand, if that is known before `node` runs."""
+    if after is None or _operator(after) != "add" or after.kwargs or len(after.args) != 2:
+        return None, None
+    if after.shape != node.shape or not all(isinstance(ref, Ref) for ref in after.args):
+        return None, None
+    earlier = [ref.name for ref in after.args if order[ref.name] < order[node.name]]
+    if len(earlier) != 1 or program.nodes[earlier[0]].kind == "parameter":
+        return None, None
+    return after.name, earlier[0]
+
+
+def _geometry(node: Node, weight: Any) -> Geometry:
+    rank = _LAYERS[_operator(node)]
+    if rank == 0:
+        return Geometry((), (), (), (), 1)
+
+    def argument(position: int, default: int) -> tuple[int, ...]:
+        value = node.args[position] if len(node.args) > position else default
+        if value == "valid":
+            return (0,) * rank
+        if value == "same":
+            dilation = argument(5, 1)
+            return tuple(d * (k - 1) // 2 for d, k in zip(dilation, weight[2:], strict=True))
+        sizes = (value,) if isinstance(value, int) else tuple(value)
+        return sizes * rank if len(sizes) == 1 else sizes
+
+    groups = int(node.args[6]) if len(node.args) > 6 else 1
+    return Geometry(tuple(weight[2:]), argument(3, 1), argument(4, 0), argument(5, 1), groups)
+
+
+def _operator(node: Node) -> str:
+    if node.kind != "call" or not node.target.startswith("aten."):
+        return ""
+    return node.target.split(".")[1].removesuffix("_")

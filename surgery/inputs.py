@@ -1,0 +1,43 @@
+"""Calibration batches, gathered and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batches = Iterable[tuple[Any, Tensor]]
+"""A re-iterable of (inputs, targets) batches."""
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+def gather_inputs(calibration: Batches, images: int) -> Any:
+    """Returns the inputs of the first `images` examples as one batch.
+
+    Raises:
+        ValueError: If there is no batch.
+    """
+    parts: list[Any] = []
+    count = 0
+    for inputs, _ in calibration:
+        parts.append(inputs)
+        leaves = torch.utils._pytree.tree_leaves(inputs)
+        count += len(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        if count >= images:
+            break
+    if not parts:
+        raise ValueError("reconstruction needs calibration data, but got no batch.")
+
+    def join(*leaves: Any) -> Any:
+        return torch.cat(leaves)[:images] if isinstance(leaves[0], Tensor) else leaves[0]
+
+    return torch.utils._pytree.tree_map(join, *parts)
+
+
+def sample_positions(total: int, samples: int, device: torch.device) -> Tensor:
+    """Returns at most `samples` of `total` flat positions, sorted, the same at every call."""
+    generator = torch.Generator().manual_seed(total)
+    return torch.randperm(total, generator=generator)[:samples].sort().values.to(device)

@@ -1,0 +1,238 @@
+"""save and load: an export is weights and a plan, and reloads without unpickling anything."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from paretoprune.surgery.attributes import attribute_names
+from paretoprune.surgery.errors import UnsupportedModel
+from paretoprune.surgery.plan import PruningPlan
+
+SCHEMA = 1
+"""Version of the form of plan.json."""
+WEIGHTS, PLAN = "model.safetensors", "plan.json"
+_TRUSTED = ("torchvision:", "timm:", "paretoprune.")
+
+
+def save(
+    directory: str | Path,
+    small: nn.Module,
+    plan: PruningPlan,
+    *,
+    reference: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes model.safetensors and plan.json.
+
+    Args:
+        directory: Created if missing.
+        small: The pruned network, as pruned or fine-tuned since.
+        plan: The plan that leads to it from the dense network.
+        reference: Where the dense network can be built: `torchvision:NAME`, `timm:NAME` or
+            `package.module:function`.
+        arguments: Keyword arguments of `reference`; plain JSON values.
+        example_inputs: Recorded as shapes and dtypes.
+        metrics: Measured numbers to keep beside the plan; plain JSON values.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _unique_state(small)
+    save_file(state, folder / WEIGHTS)
+    layers = {
+        name: {key: _plain(getattr(module, key)) for key in attribute_names(module)}
+        for name, module in small.named_modules()
+        if attribute_names(module)
+    }
+    described = {
+        "schema": SCHEMA,
+        "reference": reference,
+        "arguments": dict(arguments or {}),
+        "plan": plan.to_json(),
+        "layers": layers,
+        "inputs": _describe(example_inputs),
+        "metrics": dict(metrics or {}),
+        "versions": {"torch": torch.__version__},
+        "sha256": _sha256(folder / WEIGHTS),
+    }
+    (folder / PLAN).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def load(
+    directory: str | Path,
+    dense: Callable[[], nn.Module] | str | None = None,
+) -> nn.Module:
+    """Returns the exported network, in eval mode; nothing is traced and nothing unpickled.
+
+    Args:
+        directory: What `save` wrote.
+        dense: A function that builds the dense network (its weights do not matter), or a
+            reference to one as for `save`; None uses the recorded reference if it is one of
+            torchvision, timm or paretoprune. Other code is never imported unless named here.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If files are tampered with or do not fit the dense network.
+        UnsupportedModel: If the dense network cannot be built.
+    """
+    folder = Path(directory)
+    described = read_plan(folder)
+    if _sha256(folder / WEIGHTS) != described["sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} is not the file that {PLAN} was written for.")
+    try:
+        state = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no safetensors file ({error}).") from error
+    model = _dense(dense, described)
+    try:
+        _shrink(model, described, state)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} does not fit {type(model).__name__}: {error}; give the function that "
+            f"builds the network it was exported from."
+        ) from error
+    return model.eval()
+
+
+def read_plan(directory: str | Path) -> dict[str, Any]:
+    """Returns what plan.json says, checked for its form.
+
+    Raises:
+        FileNotFoundError: If a file of the export is missing.
+        ValueError: If it is no plan, or of a newer schema.
+    """
+    folder = Path(directory)
+    for name in (PLAN, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no export: it has no {name}.")
+    try:
+        described: dict[str, Any] = json.loads((folder / PLAN).read_text())
+        schema = described["schema"]
+        PruningPlan.from_json(described["plan"])
+        missing = {"sha256", "layers", "reference", "arguments"} - set(described)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / PLAN} is no plan ({error}).") from error
+    if missing or schema != SCHEMA:
+        raise ValueError(
+            f"{folder / PLAN} has schema {schema} and this version reads schema {SCHEMA}."
+            if schema != SCHEMA
+            else f"{folder / PLAN} lacks {', '.join(sorted(missing))}."
+        )
+    return described
+
+
+def _unique_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the state dict with tied tensors once, contiguous, on the CPU."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor.detach().cpu().contiguous().clone()
+    return state
+
+
+def _dense(dense: Callable[[], nn.Module] | str | None, described: dict[str, Any]) -> nn.Module:
+    if dense is None:
+        reference = described["reference"]
+        if not isinstance(reference, str) or not reference.startswith(_TRUSTED):
+            raise ValueError(
+                f"the export names the architecture {reference!r}, which is not imported unless "
+                f"you say so: pass the function that builds it, or this reference."
+            )
+        dense = reference
+    if isinstance(dense, str):
+        return build(dense, described["arguments"])
+    return dense()
+
+
+def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Returns the network that a reference names.
+
+    Args:
+        reference: `torchvision:NAME`, `timm:NAME` or `package.module:function`.
+        arguments: Keyword arguments.
+
+    Raises:
+        UnsupportedModel: If there is no such network.
+    """
+    source, _, name = reference.partition(":")
+    try:
+        if source == "torchvision":
+            models = importlib.import_module("torchvision.models")
+            network = models.get_model(name, weights=None, **arguments)
+        elif source == "timm":
+            network = importlib.import_module("timm").create_model(name, **arguments)
+        else:
+            network = getattr(importlib.import_module(source), name)(**arguments)
+    except (ImportError, AttributeError, ValueError, RuntimeError, TypeError) as error:
+        raise UnsupportedModel(f"cannot build {reference!r}: {error}.") from error
+    if not isinstance(network, nn.Module):
+        raise UnsupportedModel(
+            f"{reference!r} returns {type(network).__name__}, but an nn.Module is needed."
+        )
+    return network
+
+
+def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Gives the dense network the export's tensors and layer attributes, in place."""
+    for name in described["plan"]["removed"]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+    for name, values in described["layers"].items():
+        module = model.get_submodule(name)
+        unknown = set(values) - set(attribute_names(module))
+        if unknown:
+            raise KeyError(f"layer {name!r} has no {', '.join(sorted(unknown))}")
+        for key, value in values.items():
+            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    odd = sorted(set(tensors) ^ set(state))
+    if odd:
+        raise KeyError(f"tensor {odd[0]!r} is in one of them only")
+    for name, tensor in tensors.items():
+        if tensor.ndim != state[name].ndim or tensor.dtype != state[name].dtype:
+            raise KeyError(f"tensor {name!r} has another rank or dtype")
+        _replace(model, tensor, state[name])
+
+
+def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    value = (
+        nn.Parameter(new, requires_grad=old.requires_grad)
+        if isinstance(old, nn.Parameter)
+        else new
+    )
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is old:
+                    table[key] = value  # type: ignore[assignment]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def _describe(example_inputs: Any) -> Any:
+    if isinstance(example_inputs, Tensor):
+        return {"shape": list(example_inputs.shape), "dtype": str(example_inputs.dtype)}
+    if isinstance(example_inputs, dict):
+        return {key: _describe(value) for key, value in example_inputs.items()}
+    if isinstance(example_inputs, (tuple, list)):
+        return [_describe(value) for value in example_inputs]
+    return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
