@@ -9,6 +9,7 @@ from types import MappingProxyType
 from paretoprune.criteria.base import Calibration, Criterion
 from paretoprune.criteria.bn_scale import BnScale
 from paretoprune.criteria.magnitude import L1, L2
+from paretoprune.criteria.obs import Obs, ObsPerMac
 from paretoprune.criteria.random import Random
 from paretoprune.criteria.select import select, smallest_macs, target_macs
 from paretoprune.criteria.taylor import Taylor
@@ -19,6 +20,8 @@ CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType(
         "l2": L2,
         "bn_scale": BnScale,
         "taylor": Taylor,
+        "obs": Obs,
+        "obs_per_mac": ObsPerMac,
         "random": Random,
     }
 )

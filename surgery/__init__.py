@@ -1,4 +1,7 @@
-"""Surgery: a dense model and a plan in, a smaller equal model out. Needs torch and safetensors alone."""
+"""Surgery: a dense model and a plan in, a smaller equal model out.
+
+Needs torch and safetensors alone.
+"""
 
 from paretoprune.surgery.cost import Cost
 from paretoprune.surgery.errors import InfeasibleBudget, UnsupportedModel

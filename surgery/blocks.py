@@ -25,15 +25,17 @@ _KEEPS_SIGN = {
     "slice",
     "pad",
 }
+_READS_NUMBERS = {"add", "mul", "pad"}  # operands, factors and fill values, not dims
 
 
 def find_blocks(program: Program) -> dict[str, Extent]:
     """Returns the removable blocks by module name.
 
-    A module is one if it is called once, reads one value and returns one of the same shape, and
-    what it returns is its input once every other operand of the additions on the way is zero. A
-    ReLU on that way is the identity only for a non-negative input, which is proved from the
-    operators that made the input. A stage, which is a chain of blocks, is left out.
+    A module is one if it is called once, shares no parameter, reads one value and returns one of
+    the same shape, and what it returns is its input once every other operand of the additions on
+    the way is zero. A ReLU on that way is the identity only for a non-negative input, which is
+    proved from the operators that made the input. A stage, which is a chain of blocks, is left
+    out.
     """
     users = program.users()
     found: dict[tuple[str, str], tuple[str, Extent]] = {}
@@ -82,7 +84,7 @@ def _extent(
         for name in nodes
         if name in program.outputs or any(user.name not in nodes for user in users[name])
     ]
-    if len(sources) != 1 or len(results) != 1:
+    if len(sources) != 1 or len(results) != 1 or _shares_parameters(program, users, nodes):
         return None
     source, result = sources.pop(), results[0]
     if program.nodes[source].shape != program.nodes[result].shape:
@@ -91,6 +93,18 @@ def _extent(
     if not _reduces(program, nodes, result, source, branches) or not branches:
         return None
     return Extent(source, result, frozenset(nodes), frozenset(branches))
+
+
+def _shares_parameters(
+    program: Program, users: dict[str, list[Node]], nodes: dict[str, Node]
+) -> bool:
+    read = {ref for node in nodes.values() for ref in node.refs()}
+    return any(
+        user.name not in nodes
+        for name in read
+        if program.nodes[name].kind == "parameter"
+        for user in users[name]
+    )
 
 
 def _reduces(
@@ -114,8 +128,9 @@ def _reduces(
         return reduces(tensors[0]) and _non_negative(program, source)
     if operator == "add" and len(tensors) == 2 and not node.kwargs:
         shortcut = [operand for operand in tensors if reduces(operand)]
-        if len(shortcut) == 1:
-            branches |= {operand for operand in tensors if operand != shortcut[0]}
+        others = {operand for operand in tensors if operand not in shortcut}
+        if len(shortcut) == 1 and all(program.nodes[name].kind == "call" for name in others):
+            branches |= others
             return True
     return False
 
@@ -139,7 +154,12 @@ def _non_negative(program: Program, name: str) -> bool:
 
 
 def _all(visit: Callable[[str], bool], node: Node) -> bool:
-    return all(visit(name) for name in node.refs())
+    """Whether all operands are non-negative, numbers in the code included."""
+    counts = _operator(node) in _READS_NUMBERS
+    numbers = [value for value in (*node.args, *node.kwargs.values()) if counts]
+    return all(visit(name) for name in node.refs()) and not any(
+        isinstance(value, (int, float)) and value < 0 for value in numbers
+    )
 
 
 def _operator(node: Node) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.least_squares import Geometry
-from paretoprune.surgery.program import Node, Ref
+from paretoprune.surgery.program import Node, Program, Ref
 
 _LAYERS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "linear": 0}
 _PASS = {"dropout", "contiguous", "clone", "alias", "detach"}
@@ -37,7 +37,8 @@ class Consumer:
         geometry: How it reads its input.
         norm: The BatchNorm that alone reads its output, if any.
         stream: Name of the sum that its output (after the norm) is added into, if any.
-        shortcut: Name of the other summand; known before the layer runs.
+        shortcut: Name of the other summand.
+        ahead: Names of the nodes that must run to know the shortcut before the layer runs.
     """
 
     node: str
@@ -48,6 +49,7 @@ class Consumer:
     norm: Norm | None = None
     stream: str | None = None
     shortcut: str | None = None
+    ahead: tuple[str, ...] = ()
 
     @property
     def target(self) -> str:
@@ -102,25 +104,57 @@ def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
                 after = only_user(after.name)
             else:
                 after = None
-        stream, shortcut = _addition(after, node, order, program)
+        stream, shortcut, ahead = _addition(after, node, order, program)
         consumers[node.name] = Consumer(
-            node.name, node.args[0].name, weight, bias, geometry, norm, stream, shortcut
+            node.name,
+            node.args[0].name,
+            weight,
+            bias,
+            geometry,
+            norm,
+            stream,
+            shortcut,
+            ahead,
         )
     return consumers
 
 
 def _addition(
-    after: Node | None, node: Node, order: dict[str, int], program: Any
-) -> tuple[str | None, str | None]:
-    """Returns the sum and its other summand, if that is known before `node` runs."""
+    after: Node | None, node: Node, order: dict[str, int], program: Program
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Returns the sum, its other summand, and what must run ahead to know that summand.
+
+    The other summand may come later in the program, as long as it needs neither this layer nor
+    any other layer's weights (a padded shortcut); else the sum is left to that other layer.
+    """
+    none = (None, None, ())
     if after is None or _operator(after) != "add" or after.kwargs or len(after.args) != 2:
-        return None, None
+        return none
     if after.shape != node.shape or not all(isinstance(ref, Ref) for ref in after.args):
-        return None, None
-    earlier = [ref.name for ref in after.args if order[ref.name] < order[node.name]]
-    if len(earlier) != 1 or program.nodes[earlier[0]].kind == "parameter":
-        return None, None
-    return after.name, earlier[0]
+        return none
+    for ref in after.args:
+        ahead = _ahead(ref.name, node, order, program)
+        if ahead is not None and program.nodes[ref.name].kind != "parameter":
+            return after.name, ref.name, ahead
+    return none
+
+
+def _ahead(
+    name: str, node: Node, order: dict[str, int], program: Program
+) -> tuple[str, ...] | None:
+    """Returns the nodes after `node` that make a value without weights, or None."""
+    if order[name] < order[node.name]:
+        return ()
+    maker = program.nodes[name]
+    if name == node.name or maker.kind != "call" or maker.target.split(".")[1].endswith("_"):
+        return None
+    steps: list[str] = []
+    for ref in maker.refs():
+        before = _ahead(ref, node, order, program)
+        if before is None or program.nodes[ref].kind == "parameter":
+            return None
+        steps += before
+    return tuple(dict.fromkeys([*steps, name]))
 
 
 def _geometry(node: Node, weight: Any) -> Geometry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
-from paretoprune.surgery.program import Node, Program, Ref, as_call, resolve_target
+from paretoprune.surgery.program import BatchSize, Node, Program, Ref, as_call, resolve_target
 
 Values = dict[str, Any]
 Visit = Callable[[Node, Values], None]
@@ -63,15 +63,15 @@ class Execution:
                 *model.named_buffers(remove_duplicate=False),
             )
         }
-        args, kwargs = as_call(inputs)
-        leaves = iter(torch.utils._pytree.tree_leaves((args, kwargs)))
+        leaves = iter(self._leaves(inputs))
         values: Values = {}
         batch: int | None = None
         with torch.no_grad():
             for node in self.program.nodes.values():
                 if node.kind == "input":
                     values[node.name] = next(leaves)
-                    batch = batch or len(values[node.name])
+                    if batch is None and isinstance(values[node.name], Tensor):
+                        batch = len(values[node.name])
                 elif node.kind == "parameter":
                     values[node.name] = tensors.get(node.target)
                 elif node.kind == "constant":
@@ -93,12 +93,43 @@ class Execution:
                     values.pop(name, None)
         return {name: values[name] for name in self.program.outputs if name in values}
 
+    def ahead(self, names: Iterable[str], values: Values, batch: int) -> Values:
+        """Returns `values` with some nodes run before their turn; `values` stays as it is."""
+        known = dict(values)
+        for name in names:
+            known[name] = self._call(self.program.nodes[name], known, batch)
+        return known
+
+    def _leaves(self, inputs: Any) -> list[Any]:
+        """Returns the inputs one by one, in the order of the program."""
+        args, kwargs = as_call(inputs)
+        names = self.program.keywords
+        if set(kwargs) != set(names):
+            raise ValueError(
+                f"the network was traced with the keyword arguments {list(names)}, but got "
+                f"inputs with {list(kwargs)}."
+            )
+        return torch.utils._pytree.tree_leaves((args, {name: kwargs[name] for name in names}))
+
     def _call(self, node: Node, values: Values, batch: int) -> Any:
-        args: list[Any] = [_resolve(argument, values) for argument in node.args]
-        kwargs = {key: _resolve(value, values) for key, value in node.kwargs.items()}
+        def resolve(value: Any) -> Any:
+            if isinstance(value, Ref):
+                return values[value.name]
+            if isinstance(value, BatchSize):
+                return value // self.program.batch * batch
+            if isinstance(value, (tuple, list)):
+                return type(value)(resolve(item) for item in value)
+            return value
+
+        args: list[Any] = [resolve(argument) for argument in node.args]
+        kwargs = {key: resolve(value) for key, value in node.kwargs.items()}
         operator = node.target.split(".")[1] if node.target.startswith("aten.") else ""
         if operator in _SIZED:
-            args[1] = self._sizes(node, args[0], list(args[1]), batch)
+            args[1] = self._sizes(node, args[1], 0, batch)
+        elif operator == "unflatten":
+            args[2] = self._sizes(node, args[2], args[1] % args[0].ndim, batch)
+        elif operator in ("split", "split_with_sizes"):
+            args[1] = self._parts(node, args[1], args[2] if len(args) > 2 else 0)
         elif operator.startswith("conv") and len(args) > 6 and args[6] > 1:
             args[6] = len(args[1]) * args[6] // self._dense_rows(node)
         elif operator in ("pad", "constant_pad_nd") and node.module in self.graph.pads:
@@ -116,19 +147,44 @@ class Execution:
         widths[2 * dim + 1] = int(kept[len(kept) - after :].sum())
         return widths
 
-    def _sizes(self, node: Node, value: Tensor, sizes: list[int], batch: int) -> list[int]:
-        """Returns the sizes that the code would compute for the kept channels and this batch."""
+    def _sizes(self, node: Node, sizes: list[int], first: int, batch: int) -> list[int]:
+        """Returns the sizes that the code would compute for the kept channels.
+
+        Args:
+            node: A view, reshape, expand or unflatten.
+            sizes: Sizes in the code, for this batch.
+            first: The dim of the result that the first size is for.
+            batch: Number of examples.
+        """
         layout = self.graph.layouts.get(node.name)
-        if layout is not None:
-            kept = self._mask[layout]
-            for dim, size in enumerate(kept.shape):
-                if size > 1 and sizes[dim] > 0:
-                    others = [other for other in range(kept.ndim) if other != dim]
-                    sizes[dim] = int((kept.amax(others) if others else kept).sum())
-        first = sizes[0] if sizes else 0
-        if first > 0 and first % self.program.batch == 0:  # the batch, alone or merged with others
-            sizes[0] = first // self.program.batch * batch
-        return sizes
+        if layout is None:
+            return sizes
+        written = node.args[2 if "unflatten" in node.target else 1]
+        result = []
+        for dim, size in enumerate(sizes, first):
+            kept = self._kept_along(layout, dim)
+            if kept is None or size < 0:
+                result.append(size)
+            elif isinstance(written[dim - first], BatchSize):  # channels merged with the batch
+                result.append(kept // self.program.batch * batch)
+            else:
+                result.append(kept)
+        return result
+
+    def _parts(self, node: Node, size: int | list[int], dim: int) -> int | list[int]:
+        """Returns the size or sizes of the equal parts of the kept channels."""
+        layout = self.graph.layouts.get(node.name)
+        kept = None if layout is None else self._kept_along(layout, dim)
+        if kept is None:
+            return size
+        return kept if isinstance(size, int) else [kept] * len(size)
+
+    def _kept_along(self, layout: Tensor, dim: int) -> int | None:
+        if layout.shape[dim] == 1:
+            return None
+        others = [other for other in range(layout.ndim) if other != dim % layout.ndim]
+        kept = self._mask[layout]
+        return int((kept.amax(others) if others else kept).sum())
 
     def _lifetimes(self) -> dict[str, list[str]]:
         """Returns, by node, the values that nobody reads after it."""
@@ -145,11 +201,3 @@ class Execution:
             if self.program.nodes[name].kind != "parameter" and name not in self.program.outputs:
                 uses.setdefault(user, []).append(name)
         return uses
-
-
-def _resolve(value: Any, values: Values) -> Any:
-    if isinstance(value, Ref):
-        return values[value.name]
-    if isinstance(value, (tuple, list)):
-        return type(value)(_resolve(item, values) for item in value)
-    return value

@@ -150,7 +150,8 @@ class PruningGraph:
                 raise ValueError(f"group {name!r} is frozen ({group.frozen}) and loses no unit.")
             if kept[-1] >= group.size:
                 raise ValueError(
-                    f"group {name!r} has units 0 to {group.size - 1}, but the plan keeps {kept[-1]}."
+                    f"group {name!r} has units 0 to {group.size - 1}, "
+                    f"but the plan keeps {kept[-1]}."
                 )
 
     def kept_mask(self, plan: PruningPlan) -> Tensor:

@@ -6,6 +6,7 @@ reads, O outputs of a group.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ def ridge_fit(
 ) -> Fit:
     """Returns the weights that map features to targets, drawn a little towards a prior.
 
-    Minimises |U W' - Y|^2 + lambda |W - W0|^2 with lambda = ridge * mean diagonal of U'U; solved in
-    float64 by Cholesky decomposition.
+    Minimises |U W' - Y|^2 + lambda |W - W0|^2 with lambda = ridge * mean diagonal of U'U,
+    solved in float64 by Cholesky decomposition.
 
     Args:
         features: U, shape (G, P, F).
@@ -128,6 +129,13 @@ def output_sizes(sizes: tuple[int, ...] | torch.Size, geometry: Geometry) -> tup
             strict=True,
         )
     )
+
+
+def output_positions(inputs: Tensor, geometry: Geometry) -> int:
+    """Returns the number of output positions, over the batch and all spatial dims."""
+    if not geometry.kernel:
+        return inputs.numel() // inputs.shape[-1]
+    return len(inputs) * math.prod(output_sizes(inputs.shape[2:], geometry))
 
 
 def rows(outputs: Tensor, geometry: Geometry, positions: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,6 +19,7 @@ class PruningPlan:
         removed: Sorted names of the residual blocks that are removed whole.
 
     Raises:
+        TypeError: If an index is no integer.
         ValueError: If indices are empty, negative or repeated.
     """
 
@@ -27,7 +29,7 @@ class PruningPlan:
     def __post_init__(self) -> None:
         kept: dict[str, tuple[int, ...]] = {}
         for name in sorted(self.kept):
-            units = tuple(sorted(int(unit) for unit in self.kept[name]))
+            units = tuple(sorted(operator.index(unit) for unit in self.kept[name]))
             if not units or units[0] < 0 or len(set(units)) != len(units):
                 raise ValueError(
                     f"a plan keeps at least one unit of a group, each once and none negative, "
@@ -81,11 +83,14 @@ class PruningPlan:
             ValueError: If `data` has another form.
         """
         try:
-            kept = {str(name): tuple(units) for name, units in data["kept"].items()}
-            removed = tuple(str(name) for name in data["removed"])
+            if isinstance(data["removed"], str):
+                raise TypeError("a name is no list of names")
+            return PruningPlan(
+                {str(name): tuple(units) for name, units in data["kept"].items()},
+                tuple(str(name) for name in data["removed"]),
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"a plan has the fields 'kept' (lists of unit numbers by group) and 'removed' "
                 f"(a list of block names), but got {data!r}."
             ) from error
-        return PruningPlan(kept, removed)

@@ -7,6 +7,7 @@ instead of modules.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,10 @@ class Ref:
     name: str
 
 
+class BatchSize(int):
+    """An integer among a node's arguments that is a multiple of the batch size."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """One value of the program.
@@ -36,7 +41,8 @@ class Node:
     Attributes:
         name: Unique name of the value.
         kind: `input` (of the model), `parameter` (parameter or buffer), `constant` or `call`.
-        target: Operator as `aten.relu.default`, or the qualified name of the parameter.
+        target: Operator as `aten.relu.default`, or the qualified name of the parameter; of a
+            tied one, the first.
         args: Positional arguments; values of other nodes are `Ref`.
         kwargs: Keyword arguments.
         shape: Shape of the value with the example inputs; for several values their shapes; None
@@ -70,11 +76,13 @@ class Program:
         nodes: Every value by name, in execution order.
         outputs: Names of the returned values.
         batch: Size of the first dim of the example inputs.
+        keywords: Names of the keyword arguments, in the order of the inputs.
     """
 
     nodes: Mapping[str, Node]
     outputs: tuple[str, ...]
     batch: int
+    keywords: tuple[str, ...] = ()
 
     def users(self) -> dict[str, list[Node]]:
         """Returns, for every value, the nodes that read it; model outputs read as a node."""
@@ -118,6 +126,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def export_program(model: nn.Module, example_inputs: Any) -> Program:
     """Exports `model` in eval mode; the model itself is left untouched.
 
+    A second export, of a batch twice as large, tells which integers in the code are batch sizes.
+
     Args:
         model: Any module that `torch.export` accepts.
         example_inputs: A tensor, a tuple of arguments, or a dict of keyword arguments.
@@ -126,6 +136,44 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
         UnsupportedModel: If `torch.export` refuses the model.
     """
     args, kwargs = as_call(example_inputs)
+    program = _export(model, args, kwargs)
+
+    def twice(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.ndim and len(value) == program.batch
+        return torch.cat([value, value]) if whole else value
+
+    try:
+        larger = _export(model, *torch.utils._pytree.tree_map(twice, (args, kwargs)))
+        return _with_batch_sizes(program, larger)
+    except ValueError:  # the model takes no other batch size, or its code depends on it otherwise
+        return program
+
+
+def _with_batch_sizes(program: Program, larger: Program) -> Program:
+    """Returns the program with `BatchSize` where the program of two batches has twice as much.
+
+    Raises:
+        ValueError: If they differ otherwise.
+    """
+
+    def mark(value: Any, other: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(mark(a, b) for a, b in zip(value, other, strict=True))
+        if isinstance(value, int) and not isinstance(value, bool) and value != other:
+            if other != 2 * value or value % program.batch:
+                raise ValueError(f"{value} becomes {other} for two batches.")
+            return BatchSize(value)
+        return value
+
+    nodes = {}
+    for node, other in zip(program.nodes.values(), larger.nodes.values(), strict=True):
+        if node.target != other.target:
+            raise ValueError(f"{node.target} becomes {other.target} for two batches.")
+        nodes[node.name] = dataclasses.replace(node, args=mark(node.args, other.args))
+    return dataclasses.replace(program, nodes=nodes)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -141,6 +189,7 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
         ) from error
     nodes: dict[str, Node] = {}
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    names = _first_names(model)
     state = {InputKind.PARAMETER, InputKind.BUFFER}
     outputs: tuple[str, ...] = ()
     for fx_node in exported.graph.nodes:
@@ -149,7 +198,7 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
         if fx_node.op == "placeholder":
             spec = specs[name]
             if spec.kind in state:
-                nodes[name] = Node(name, "parameter", str(spec.target), shape=shape)
+                nodes[name] = Node(name, "parameter", names[str(spec.target)], shape=shape)
             elif spec.kind == InputKind.USER_INPUT:
                 nodes[name] = Node(name, "input", name, shape=shape)
             else:
@@ -174,7 +223,22 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
                 f"{type(model).__name__} uses control flow that depends on data "
                 f"({fx_node.target}), which surgery cannot follow; pass a module without it."
             )
-    return Program(nodes, outputs, _batch(args, kwargs))
+    return Program(nodes, outputs, _batch(args, kwargs), tuple(kwargs))
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Returns, for every name of a parameter or buffer, the first name of the same tensor.
+
+    That is the one that `named_parameters()` lists; `torch.export` uses the last.
+    """
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(tensor), name)
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+    }
 
 
 def resolve_target(target: str) -> Any:
@@ -192,8 +256,9 @@ def _target_name(target: Any) -> str:
         return "getitem"
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return f"operator.{target.__name__}"
+    name = getattr(target, "__name__", "")
+    if getattr(operator, name, None) is target:
+        return f"operator.{name}"
     raise UnsupportedModel(
         f"surgery cannot follow the operator {target}; use a module without it."
     )

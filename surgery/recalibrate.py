@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sized
 
 import torch
 from torch import nn
@@ -40,8 +41,8 @@ def recalibrate(
     for norm in norms:
         norm.train()
         norm.reset_running_stats()
-        norm.momentum = None  # type: ignore[assignment]  # None averages over all batches
-    total = len(calibration) if hasattr(calibration, "__len__") else 0
+        norm.momentum = None  # averages over all batches
+    total = len(calibration) if isinstance(calibration, Sized) else 0
     done = 0
     with torch.no_grad():
         for inputs, _ in calibration:

@@ -52,6 +52,8 @@ class Reconstructor:
     ) -> None:
         self._graph = graph
         self._inputs = gather_inputs(calibration, images)
+        leaves = torch.utils._pytree.tree_leaves(self._inputs)
+        self._count = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         self._consumers = find_consumers(graph)
         self._samples = samples
         self._positions: dict[str, Tensor] = {}
@@ -91,9 +93,10 @@ class Reconstructor:
         result = copy.deepcopy(small)
         tensors = dict([*result.named_parameters(), *result.named_buffers()])
         mask = self._graph.kept_mask(plan)
-        changed: set[str] = set()
+        changed = {self._graph.extents[name].result for name in plan.removed}
         done = 0
-        removed = {self._graph.extents[name].result for name in plan.removed}
+
+        execution = Execution(self._graph, plan)
 
         def before(node: Node, values: Values) -> None:
             nonlocal done
@@ -106,17 +109,16 @@ class Reconstructor:
             if cut or consumer.source in changed:
                 units = self._graph.units.get((consumer.weight, 0))
                 kept = None if units is None else mask[units].nonzero().squeeze(1)
-                self._refit(consumer, tensors, values, kept)
+                known = execution.ahead(consumer.ahead, values, self._count)
+                self._refit(consumer, tensors, known, kept)
                 changed.add(node.name)
             if progress is not None:
                 progress(done, len(self._consumers))
 
         def after(node: Node, values: Values) -> None:
-            if node.name in removed or any(name in changed for name in node.refs()):
+            if any(name in changed for name in node.refs()):
                 changed.add(node.name)
 
-        execution = Execution(self._graph, plan)
-        changed |= removed
         execution.run(result, self._inputs, before=before, after=after)
         return result
 

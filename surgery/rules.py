@@ -48,9 +48,7 @@ def convolution(tracer: Tracer, node: Node, *, transposed: bool = False) -> Resu
     channel_dim = len(shape) - (len(tracer.shape(node.args[1])) - 1)
     channels = source.line(channel_dim)
     if weight is None or channels is None:
-        for ref in node.args[:2]:
-            if isinstance(ref, Ref):
-                tracer.freeze(tracer.labels(ref), "feeds a convolution along another dim")
+        _freeze_layer(tracer, node, "a convolution")
         tracer.counted(node)
         return Labels.none(shape)
     weight_shape = tracer.shape(node.args[1])
@@ -75,6 +73,13 @@ def convolution(tracer: Tracer, node: Node, *, transposed: bool = False) -> Resu
     return Labels.along(channel_dim, made, shape)
 
 
+def _freeze_layer(tracer: Tracer, node: Node, layer: str) -> None:
+    computed = tracer.parameter(node.args[1]) is None
+    how = "whose weight is computed in the code" if computed else "along another dim"
+    for ref in node.args[:2]:
+        tracer.freeze(tracer.labels(ref), f"feeds {layer} {how}")
+
+
 def transposed_convolution(tracer: Tracer, node: Node) -> Result:
     """conv_transpose1d/2d/3d: the weight's first axis reads, its second makes channels."""
     return convolution(tracer, node, transposed=True)
@@ -87,8 +92,7 @@ def linear(tracer: Tracer, node: Node) -> Result:
     shape = _out(node)
     channels = source.line(-1)
     if weight is None or channels is None:
-        for ref in node.args[:2]:
-            tracer.freeze(tracer.labels(ref), "feeds a linear layer along another dim")
+        _freeze_layer(tracer, node, "a linear layer")
         tracer.counted(node)
         return Labels.none(shape)
     made = tracer.unions.fresh(shape[-1])
@@ -114,20 +118,31 @@ def batch_norm(tracer: Tracer, node: Node) -> Result:
     return source
 
 
+def prelu(tracer: Tracer, node: Node) -> Result:
+    """prelu: one slope for all channels, or one per channel."""
+    source = tracer.labels(node.args[0])
+    if math.prod(tracer.shape(node.args[1])) == 1:
+        return source
+    slopes, channels = tracer.parameter(node.args[1]), source.line(1)
+    if slopes is None or channels is None:
+        tracer.freeze(tracer.labels(node.args[1]), "are slopes of channels that stay")
+        return tracer.freeze(source, "feeds a PReLU along another dim")
+    tracer.record(slopes, 0, channels)
+    return source
+
+
 # -- elementwise -----------------------------------------------------------------------------
 
 
 def pointwise(tracer: Tracer, node: Node) -> Result:
     """Elementwise with broadcasting: labels of operands that meet are equal."""
     shape = _out(node)
-    operands = []
-    for argument in (*node.args, *node.kwargs.values()):
-        for ref in argument if isinstance(argument, (tuple, list)) else (argument,):
-            if isinstance(ref, Ref) and isinstance(tracer.value(ref), Labels):
-                operands.append(_aligned(tracer.labels(ref), shape))
+    arguments = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
+    values = [tracer.value(ref) for ref in arguments if isinstance(ref, Ref)]
+    operands = [_aligned(value, shape) for value in values if isinstance(value, Labels)]
     if not operands:
         return Labels.none(shape)
-    widest = max(operands, key=lambda operand: len(operand.varying))
+    widest = result = max(operands, key=lambda operand: len(operand.varying))
     reason = f"meets fixed channels in {node.target.rsplit('.', 1)[0]}"
     for operand in operands:
         if operand is widest:
@@ -135,10 +150,12 @@ def pointwise(tracer: Tracer, node: Node) -> Result:
         if not set(operand.varying) <= set(widest.varying):
             tracer.freeze(operand, "meets channels along another dim")
             tracer.freeze(widest, "meets channels along another dim")
-            widest = Labels.none(shape)
+            widest = result = Labels.none(shape)
         elif operand.varying or any(operand.shape[dim] > 1 for dim in widest.varying):
             tracer.unions.unify(widest.ids, operand.ids, reason)
-    return Labels(widest.ids, shape)
+            if operand.present and len(operand.varying) < len(result.varying):
+                result = operand  # equal from here on: a table per position varies by channel only
+    return Labels(result.ids, shape)
 
 
 def _aligned(labels: Labels, shape: Shape) -> Labels:
@@ -300,14 +317,11 @@ def padding(tracer: Tracer, node: Node) -> Result:
         ids = result.ids
         if before < 0 or after < 0 or len(source.varying) > 1:
             return _fixed(tracer, source, node)
-        sizes = list(ids.shape)
-
-        def new(count: int, dim: int = dim, sizes: list[int] = sizes, owned: bool = owned) -> Any:
-            sizes[dim] = count
-            made = tracer.unions.fresh(count) if owned else torch.zeros(count, dtype=torch.int64)
-            return made.reshape(sizes)
-
-        result = Labels(torch.cat([new(before), ids, new(after)], dim), shape)
+        sizes = [1] * len(shape)
+        sizes[dim] = before + after
+        made = tracer.unions.fresh(before + after) if owned else torch.zeros(before + after).long()
+        first, last = made.reshape(sizes).split((before, after), dim)
+        result = Labels(torch.cat([first, ids, last], dim), shape)
         if owned:
             if node.module in tracer.pads:
                 tracer.freeze(result, "is padded by a module that is called twice")
@@ -325,8 +339,9 @@ for _names, _rule in (
     ("conv1d conv2d conv3d", convolution),
     ("conv_transpose1d conv_transpose2d conv_transpose3d", transposed_convolution),
     ("linear", linear),
-    ("hardswish hardsigmoid silu gelu mish elu leaky_relu prelu celu selu softplus", pointwise),
+    ("hardswish hardsigmoid silu gelu mish elu leaky_relu celu selu softplus", pointwise),
     ("batch_norm", batch_norm),
+    ("prelu", prelu),
     (
         "dropout feature_dropout alpha_dropout contiguous clone detach alias to _to_copy "
         "lift_fresh_copy",

@@ -97,7 +97,7 @@ def load(
     model = _dense(dense, described)
     try:
         _shrink(model, described, state)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{folder} does not fit {type(model).__name__}: {error}; give the function that "
             f"builds the network it was exported from."
@@ -194,16 +194,16 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
         module = model.get_submodule(name)
         unknown = set(values) - set(attribute_names(module))
         if unknown:
-            raise KeyError(f"layer {name!r} has no {', '.join(sorted(unknown))}")
+            raise LookupError(f"layer {name!r} has no {', '.join(sorted(unknown))}")
         for key, value in values.items():
             setattr(module, key, tuple(value) if isinstance(value, list) else value)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     odd = sorted(set(tensors) ^ set(state))
     if odd:
-        raise KeyError(f"tensor {odd[0]!r} is in one of them only")
+        raise LookupError(f"tensor {odd[0]!r} is in one of them only")
     for name, tensor in tensors.items():
         if tensor.ndim != state[name].ndim or tensor.dtype != state[name].dtype:
-            raise KeyError(f"tensor {name!r} has another rank or dtype")
+            raise LookupError(f"tensor {name!r} has another rank or dtype")
         _replace(model, tensor, state[name])
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.consumers import Consumer, find_consumers
 from paretoprune.surgery.execute import Execution, Values
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.inputs import Batches, Progress, gather_inputs, sample_positions
-from paretoprune.surgery.least_squares import output_sizes, patches, solve_ridge
+from paretoprune.surgery.least_squares import output_positions, patches, solve_ridge
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Node
 
@@ -70,13 +69,9 @@ class StaticReconstructor:
 
     @staticmethod
     def _features(consumer: Consumer, inputs: Tensor, samples: int) -> Tensor:
-        geometry = consumer.geometry
-        if geometry.kernel:
-            sizes = output_sizes(inputs.shape[2:], geometry)
-            total = len(inputs) * torch.Size(sizes).numel()
-        else:
-            total = inputs.numel() // inputs.shape[-1]
-        return patches(inputs, geometry, sample_positions(total, samples, inputs.device))[0]
+        total = output_positions(inputs, consumer.geometry)
+        positions = sample_positions(total, samples, inputs.device)
+        return patches(inputs, consumer.geometry, positions)[0]
 
     def __call__(
         self, small: nn.Module, plan: PruningPlan, *, progress: Progress | None = None

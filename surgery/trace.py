@@ -17,7 +17,9 @@ from paretoprune.surgery.labels import Labels
 from paretoprune.surgery.program import Program, export_program
 from paretoprune.surgery.tracer import Tracer
 
-_SIZED = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand")
+_SIZED = tuple(
+    f"aten.{name}" for name in ("view", "reshape", "_unsafe_view", "expand", "unflatten", "split")
+)
 
 
 def trace(model: nn.Module, example_inputs: Any) -> PruningGraph:
@@ -65,8 +67,8 @@ def _form_groups(
     for ids in axes.values():
         signature += ids.bincount(minlength=len(classes)) * _hash(generator)
     reasons = {"": 0} | {reason: _hash(generator) for reason in dict.fromkeys(frozen.values())}
-    for root, reason in frozen.items():
-        signature[root] += reasons[reason]
+    for root, why in frozen.items():
+        signature[root] += reasons[why]
     groups: dict[str, PrunableGroup] = {}
     members: dict[str, Tensor] = {}
     seen = torch.zeros(len(classes), dtype=torch.bool)
@@ -79,9 +81,8 @@ def _form_groups(
                 continue
             seen[roots] = True
             name = _unused(parameter.rpartition(".")[0] or parameter, groups)
-            reason = frozen.get(int(roots[0]))
-            if reason is None and len(roots) == 1:
-                reason = "all its channels are one unit"
+            lone = "all its channels are one unit" if len(roots) == 1 else None
+            reason = frozen.get(int(roots[0]), lone)
             groups[name] = PrunableGroup(name, len(roots), _slices(axes, roots), reason)
             members[name] = roots
     return groups, members
@@ -151,10 +152,14 @@ def _build(
         )
         for term in tracer.terms
     ]
-    params = [
-        _params_term(node.target, node.shape, tracer, factor, names)  # type: ignore[arg-type]
+    shapes = {  # by name, so that a tied parameter counts once
+        node.target: node.shape
         for node in program.nodes.values()
         if node.kind == "parameter" and node.name.startswith("p_")
+    }
+    params = [
+        _params_term(name, shape, tracer, factor, names)  # type: ignore[arg-type]
+        for name, shape in shapes.items()
     ]
     units = {key: unit[classes[ids]] for key, ids in tracer.axes.items()}
     pads = {}
@@ -192,6 +197,8 @@ def _layouts(program: Program, tracer: Tracer, unit: Tensor, classes: Tensor) ->
     layouts = {}
     for node in program.nodes.values():
         value = tracer.values.get(node.name)
+        if isinstance(value, tuple) and value:  # parts of equal size
+            value = value[0]
         if node.target.startswith(_SIZED) and isinstance(value, Labels) and value.present:
             layouts[node.name] = unit[classes[value.ids]]
     return layouts

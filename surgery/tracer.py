@@ -1,4 +1,4 @@
-"""Tracer: walks a program on channel labels and notes what it learns about parameters and costs."""
+"""Tracer: walks a program on channel labels and notes what parameters and costs depend on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Tracer:
         self.terms: list[MacsTerm] = []
         self.pads: dict[str, tuple[int, Labels]] = {}
         self._elements: dict[str, Labels] = {}
-        self._modules = dict(model.named_modules())
+        self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
 
     def walk(self) -> None:
         """Runs every node's rule, then freezes what the model returns."""
@@ -193,7 +193,8 @@ def _is_pointwise(target: str) -> bool:
 
 def _to_meta(program: Program, value: Any) -> Any:
     if isinstance(value, Ref):
-        return torch.empty(program.nodes[value.name].shape, device="meta")
+        shape: Shape = program.nodes[value.name].shape  # type: ignore[assignment]
+        return torch.empty(shape, device="meta")
     if isinstance(value, (tuple, list)):
         return type(value)(_to_meta(program, item) for item in value)
     if isinstance(value, dict):

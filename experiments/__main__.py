@@ -1,0 +1,244 @@
+"""The command line. Commands import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    name="paretoprune",
+    help="Search for smaller networks: a FLOPs target in, a Pareto front out. "
+    "FLOPs are counted as MACs (one multiply-accumulate = 1), as the papers do.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|MODEL",
+        help="A recipe (digits, resnet56-cifar10, …), or a network: torchvision:NAME, timm:NAME "
+        "or package.module:function.",
+        show_default=False,
+    ),
+]
+Run = Annotated[str, typer.Argument(help="Name of a run.", show_default=False)]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="cifar10:DIR, imagefolder:DIR, digits or package.module:function. A network needs "
+        "it; a recipe has its own.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Trained weights (.safetensors, .pt), or the library's own, such as DEFAULT.",
+        show_default=False,
+    ),
+]
+RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Seed = Annotated[int, typer.Option(help="Seed of data splits and sampler.")]
+
+RUNS = Path("runs")
+
+
+@app.command(epilog="Example: [bold]paretoprune inspect torchvision:resnet50[/bold]")
+def inspect(
+    model: Model,
+    data: Data = None,
+    weights: Weights = None,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what can be pruned: groups, removable blocks, MACs, and what is frozen and why."""
+    from paretoprune.experiments import inspection
+
+    inspection.inspect(model, data=data, weights=weights, seed=seed, as_json=as_json)
+
+
+@app.command(
+    epilog="Example: [bold]paretoprune search resnet56-cifar10 --data cifar10:DIR "
+    "--weights FILE --flops 50% --trials 200[/bold]"
+)
+def search(
+    model: Model,
+    flops: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help="What the pruned network may keep at most: a share such as 50%, or MACs such as "
+            "60M (suffixes k, M, G).",
+            show_default=False,
+        ),
+    ],
+    data: Data = None,
+    weights: Weights = None,
+    trials: Annotated[int, typer.Option(help="Trials to finish.")] = 100,
+    criteria: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Criteria that may rank units; see [bold]paretoprune criteria[/bold].",
+        ),
+    ] = "obs,obs_per_mac,taylor",
+    sampler: Annotated[str, typer.Option(help="tpe, nsga2, nsga3, gp or random.")] = "tpe",
+    seed: Seed = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Evaluations at a time; 0 evaluates in this process, without Ray.",
+            show_default="one per core",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster, such as ray://head:10001.", show_default="this machine"),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the run.", show_default="made from the model"),
+    ] = None,
+    runs_dir: RunsDir = RUNS,
+    quiet: Quiet = False,
+) -> None:
+    """Search for plans on the FLOPs target and below; every trial and the front go to MLflow."""
+    from paretoprune.experiments import commands
+
+    options = commands.SearchOptions(
+        model, flops, data, weights, trials, criteria, sampler, seed, workers, address
+    )
+    commands.search(options, run=run, runs_dir=runs_dir, quiet=quiet)
+
+
+@app.command(epilog="Example: [bold]paretoprune resume resnet56-cifar10-50pct-1[/bold]")
+def resume(run: Run, runs_dir: RunsDir = RUNS, quiet: Quiet = False) -> None:
+    """Continue an interrupted search, and write to MLflow what it lacks of a finished one."""
+    from paretoprune.experiments import commands
+
+    commands.resume(run, runs_dir=runs_dir, quiet=quiet)
+
+
+@app.command(epilog="Example: [bold]paretoprune front digits-50pct-1 --format csv[/bold]")
+def front(
+    run: Run,
+    form: Annotated[
+        Literal["table", "json", "csv"], typer.Option("--format", help="How to print it.")
+    ] = "table",
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Print the Pareto front of a run, also while it is still searching."""
+    from paretoprune.experiments import commands
+
+    commands.front(run, form, runs_dir=runs_dir)
+
+
+@app.command(epilog="Example: [bold]paretoprune ui resnet56-cifar10-50pct-1 --open[/bold]")
+def ui(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Name of a run.", show_default="the newest one"),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    browse: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Start the MLflow UI on this machine and say where it shows the front."""
+    from paretoprune.experiments import server
+
+    found = server.tracked(runs_dir, run)
+    if found.is_remote:
+        typer.echo(f"MLflow at {found.uri} shows {found.name}:\n{found.links(found.uri)}")
+    else:
+        server.serve(found, port, browse=browse, say=typer.echo)
+
+
+@app.command(
+    epilog="Example: [bold]paretoprune export resnet56-cifar10-50pct-1 --max-flops 40% "
+    "--to exports/small[/bold]"
+)
+def export(
+    run: Run,
+    to: Annotated[
+        Path, typer.Option(metavar="DIR", help="New folder to write.", show_default=False)
+    ],
+    trial: Annotated[
+        int | None, typer.Option(help="Number of the trial.", show_default="the best of the front")
+    ] = None,
+    max_flops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help="Take the best of the front with at most so many MACs: 40% or 50M.",
+            show_default=False,
+        ),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--format", metavar="FORMATS", help="Formats to write.")
+    ] = "safetensors",
+    runs_dir: RunsDir = RUNS,
+    quiet: Quiet = False,
+) -> None:
+    """Write a subnetwork with its model card, after rebuilding, measuring and reloading it."""
+    from paretoprune.experiments import exporting
+
+    choice = exporting.Choice(trial, max_flops)
+    exporting.export_run(run, choice, to, formats=formats, runs_dir=runs_dir, quiet=quiet)
+
+
+@app.command(epilog="Example: [bold]paretoprune criteria[/bold]")
+def criteria() -> None:
+    """List the criteria that can rank units, with the paper of each."""
+    from paretoprune.experiments import commands
+
+    commands.criteria()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    Args:
+        arguments: Without the program's name; None takes those of this process.
+
+    Returns:
+        0; 2 after bad input, said in one sentence on stderr; 130 after Ctrl-C.
+    """
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        return 130
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if sentence:
+            typer.echo(f"error: {' '.join(sentence.split())}", err=True)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def _sentence(error: Exception) -> str | None:
+    """Returns what to say about an error of the user's; None for a fault of the program."""
+    usage = getattr(error, "format_message", None)
+    if usage is not None:  # typer's own, whose class is not public
+        message = str(usage()).rstrip(".")
+        return message and f"{message}; see --help."  # without arguments, help was printed
+    ours = type(error).__module__.startswith("paretoprune.")
+    if isinstance(error, (ValueError, OSError)) or (ours and isinstance(error, RuntimeError)):
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""What the commands do; each checks all of its input before anything that takes long."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich.table import Table
+from safetensors.torch import save_file
+
+from paretoprune.criteria import CRITERIA
+from paretoprune.experiments import runs
+from paretoprune.experiments.counting import thop_macs
+from paretoprune.experiments.inspection import check_reachable, quietly_traced
+from paretoprune.experiments.progress import (
+    SearchProgress,
+    long_step,
+    progress_console,
+    reasons,
+    results_console,
+)
+from paretoprune.experiments.recipes import RECIPES, build_problem
+from paretoprune.experiments.references import load_weights
+from paretoprune.experiments.runs import RunSpec
+from paretoprune.experiments.tables import front_csv, front_json, front_table
+from paretoprune.experiments.tracker import MlflowListener
+from paretoprune.experiments.units import parse_flops
+from paretoprune.experiments.view import SearchView
+from paretoprune.search import Problem, SearchInterrupted, checks, read_run
+from paretoprune.search import search as run_search
+
+DENSE_FILE = "dense.safetensors"
+"""In the run folder: the dense weights, where they came from no file."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """The options of `search` as they were given; see its help."""
+
+    model: str
+    flops: str
+    data: str | None = None
+    weights: str | None = None
+    trials: int = 100
+    criteria: str = "obs,obs_per_mac,taylor"
+    sampler: str = "tpe"
+    seed: int = 0
+    workers: int | None = None
+    address: str | None = None
+
+    def checked(self) -> RunSpec:
+        """Returns the run that they describe.
+
+        Raises:
+            ValueError: If one of them cannot be meant.
+        """
+        names = tuple(name.strip() for name in self.criteria.split(","))
+        for name in names:
+            checks.check_name("criterion", name, CRITERIA)
+        checks.check_sampler(self.sampler)
+        checks.check_count("--trials", self.trials, 1)
+        checks.check_count("--seed", self.seed, 0)
+        checks.check_count("--workers", self.workers or 0, 0)
+        return RunSpec(
+            model=self.model,
+            flops=parse_flops(self.flops),
+            trials=self.trials,
+            criteria=names,
+            data=_absolute(self.data),
+            weights=_absolute(self.weights),
+            sampler=self.sampler,
+            seed=self.seed,
+            workers=self.workers,
+            address=self.address,
+        )
+
+
+def _absolute(reference: str | None) -> str | None:
+    """Returns a reference with its path made absolute, so that other folders can resume."""
+    if reference is None:
+        return None
+    kind, colon, path = reference.rpartition(":")
+    return f"{kind}{colon}{Path(path).resolve()}" if Path(path).exists() else reference
+
+
+def search(options: SearchOptions, *, run: str | None, runs_dir: Path, quiet: bool) -> str:
+    """Runs a search in a new run folder, prints its front, and returns the run's name."""
+    spec = options.checked()
+    if run is not None:
+        runs.check_name(runs_dir, run)
+    problem = problem_of(spec, quiet)
+    check_reachable(quietly_traced(problem.model, problem.example_inputs), spec.flops)
+    name = run or runs.default_name(runs_dir, problem.name, spec.flops)
+    folder = runs.create_run(runs_dir, name, spec)
+    try:
+        if spec.weights is None:
+            _keep_dense(problem, folder)
+        _search(problem, spec, folder, quiet)
+    except BaseException:
+        if not _has_begun(folder):  # leave nothing half-made
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return name
+
+
+def _has_begun(folder: Path) -> bool:
+    try:
+        read_run(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def resume(name: str, *, runs_dir: Path, quiet: bool) -> None:
+    """Continues a run, and writes to MLflow what it lacks."""
+    folder, spec = runs.load_run(runs_dir, name)
+    _search(problem_of(spec, quiet, folder), spec, folder, quiet)
+
+
+def problem_of(spec: RunSpec, quiet: bool, folder: Path | None = None) -> Problem:
+    """Returns the problem of a run.
+
+    Args:
+        spec: What its run.json says.
+        quiet: Shows no progress.
+        folder: Of a run that has begun: its dense network is the one that was searched, even
+            where it was trained on the spot and a second training would end elsewhere.
+    """
+    dense = None if folder is None else folder / DENSE_FILE
+    kept = dense is not None and dense.exists()
+    given = str(dense) if kept and spec.model in RECIPES else spec.weights
+    with long_step(progress_console(), f"Preparing {spec.model}", quiet=quiet) as progress:
+        problem = build_problem(
+            spec.model, data=spec.data, weights=given, seed=spec.seed, progress=progress
+        )
+        if kept and dense is not None:
+            load_weights(problem.model, dense)
+    return problem
+
+
+def _keep_dense(problem: Problem, folder: Path) -> None:
+    """Writes the weights of the dense network into the run's folder."""
+    state = {name: value.cpu().clone() for name, value in problem.model.state_dict().items()}
+    save_file(state, folder / DENSE_FILE)
+
+
+def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool) -> None:
+    """Searches until all trials are finished, and prints the front.
+
+    Raises:
+        typer.Exit: With status 130, if the user interrupts.
+    """
+    shown = SearchProgress(progress_console(), quiet=quiet)
+    tracked = MlflowListener(
+        folder, spec, thop_macs=lambda: thop_macs(problem.model, problem.example_inputs)
+    )
+    try:
+        with shown:
+            run_search(
+                problem,
+                spec.flops,
+                spec.trials,
+                criteria=spec.criteria,
+                sampler=spec.sampler,
+                seed=spec.seed,
+                workers=spec.workers,
+                address=spec.address,
+                run_dir=folder,
+                listeners=(shown, tracked),
+            )
+    except SearchInterrupted:
+        done = len(view_of(folder).records)
+        typer.echo(
+            f"interrupted after {done} of {spec.trials} trials, which are kept; continue with: "
+            f"paretoprune resume {_named(folder)}",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    view = view_of(folder)
+    _print_front(view, folder)
+    if not view.front_rows:
+        raise typer.Exit(1)
+    typer.echo(f"look at it:      paretoprune ui {_named(folder)}")
+    typer.echo(f"export the best: paretoprune export {_named(folder)} --to DIR")
+
+
+def _named(folder: Path) -> str:
+    """Returns a run as the other commands take it."""
+    other = "" if folder.parent == Path("runs") else f" --runs-dir {folder.parent}"
+    return f"{folder.name}{other}"
+
+
+def view_of(folder: Path) -> SearchView:
+    return SearchView.of(read_run(folder))
+
+
+def _print_front(view: SearchView, folder: Path) -> None:
+    console = results_console()
+    console.print(
+        f"Pareto front of [bold]{folder.name}[/bold] after {len(view.records)} trials: MACs (the "
+        f"papers' FLOPs) against loss; loss and accuracy on the search split"
+    )
+    if view.front_rows:
+        console.print(front_table(view.front_rows, view.dense, view.dense_metrics))
+    else:
+        console.print("No trial completed, for these reasons:")
+        for reason, number in reasons(view).items():
+            console.print(f"  {number} x {reason}", markup=False)
+
+
+def front(name: str, form: str, *, runs_dir: Path) -> None:
+    """Prints the front of a run."""
+    folder, _ = runs.load_run(runs_dir, name)
+    view = view_of(folder)
+    if form == "json":
+        typer.echo(front_json(view.front_rows))
+    elif form == "csv":
+        typer.echo(front_csv(view.front_rows), nl=False)
+    else:
+        _print_front(view, folder)
+
+
+def criteria() -> None:
+    """Prints the table of criteria."""
+    table = Table(box=None, pad_edge=False)
+    for head in ("criterion", "what it measures", "paper"):
+        table.add_column(head)
+    for name, kind in CRITERIA.items():
+        table.add_row(name, kind.summary, kind.paper)
+    results_console().print(table)

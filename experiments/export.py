@@ -1,0 +1,283 @@
+"""export: a record becomes a folder that loads, after it was rebuilt, measured and compared."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paretoprune.experiments.card import CardFacts, Measured, model_card, weights_bytes
+from paretoprune.experiments.counting import thop_macs
+from paretoprune.experiments.latency import Latency, conditions, measure_latency
+from paretoprune.experiments.runs import library_versions
+from paretoprune.experiments.units import format_percent
+from paretoprune.search import Completed, Problem, Record
+from paretoprune.search.evaluation import Moved, on_device
+from paretoprune.search.metrics import device_of, evaluate, forward
+from paretoprune.surgery import (
+    Cost,
+    PruningGraph,
+    PruningPlan,
+    Reconstructor,
+    load,
+    prune,
+    save,
+    trace,
+)
+from paretoprune.surgery.program import as_call
+
+FORMATS = ("safetensors",)
+_TOLERANCE = 1e-5
+"""Largest relative difference between the outputs of the network and of its reloaded copy."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export that was reloaded and compared.
+
+    Attributes:
+        directory: The folder.
+        model: The network in memory, in eval mode on the CPU.
+        dense: What was measured of the dense network.
+        small: What was measured of the exported network.
+    """
+
+    directory: Path
+    model: nn.Module
+    dense: Measured
+    small: Measured
+
+
+def check_destination(directory: Path) -> None:
+    """Verifies that an export may be written; to be called before long work.
+
+    Raises:
+        ValueError: If something is there already.
+    """
+    if directory.exists():
+        raise ValueError(f"{directory} exists already; export into a new folder.")
+
+
+def check_formats(formats: str) -> None:
+    """Verifies a comma-separated list of formats.
+
+    Raises:
+        ValueError: If one is not available.
+    """
+    for name in formats.split(","):
+        if name.strip() not in FORMATS:
+            raise ValueError(
+                f"unknown export format {name.strip()!r}; available: {', '.join(FORMATS)}."
+            )
+
+
+def export(
+    problem: Problem,
+    record: Record,
+    directory: Path,
+    *,
+    run: str | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Exported:
+    """Writes the network of a record, with its card, and returns what was measured.
+
+    The network is rebuilt as the search evaluated it and must have the record's metrics again;
+    the test split is read once; the written folder is loaded again and its outputs are compared
+    before it gets its name. After an error nothing is left of it.
+
+    Args:
+        problem: The problem of the search.
+        record: A completed record.
+        directory: The new folder.
+        run: Name of the run, for the card.
+        seed: Seed of the search.
+        progress: Receives a line per stage.
+
+    Raises:
+        ValueError: If `directory` exists, or the record is not a completed one.
+        RuntimeError: If the rebuilt or the reloaded network is not the record's.
+    """
+    check_destination(directory)
+    if record.plan is None or not isinstance(record.outcome, Completed):
+        raise ValueError(f"trial {record.number} did not complete, so there is no network of it.")
+    progress("rebuilding the network")
+    graph = trace(problem.model, problem.example_inputs)
+    small = _rebuild(problem, graph, record.plan, seed)
+    search_metrics = evaluate(small, problem.validation, problem.loss)
+    _check_metrics(record, record.outcome, search_metrics)
+    dense, small = copy.deepcopy(problem.model).cpu().eval(), small.cpu().eval()
+    with _new_folder(directory) as folder:
+        progress("measuring")
+        measured = _measure(problem, graph, record.plan, dense, small, search_metrics)
+        save(
+            folder,
+            small,
+            record.plan,
+            reference=problem.reference,
+            arguments=problem.arguments,
+            metrics=measured[1].to_json(),
+            example_inputs=problem.example_inputs,
+        )
+        facts = CardFacts(
+            name=problem.name,
+            run=run,
+            record=record,
+            conditions=conditions(small),
+            batch=batch_size(problem.example_inputs),
+            libraries=library_versions(),
+            reference=problem.reference,
+        )
+        (folder / "README.md").write_text(model_card(facts, *measured))
+        progress("loading it again and comparing outputs")
+        _check_reloaded(problem, folder, small)
+    return Exported(directory, small, *measured)
+
+
+def _rebuild(problem: Problem, graph: PruningGraph, plan: PruningPlan, seed: int) -> nn.Module:
+    """Returns the network of a plan as the search's `Evaluator` makes it."""
+    model = on_device(problem.model)
+    calibration = Moved(problem.calibration, device_of(model))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Reconstructor(model, graph, calibration)(prune(model, graph, plan), plan)
+
+
+def verdict(done: Exported) -> str:
+    """Returns what was verified, in a few lines."""
+    dense, small = done.dense, done.small
+    lines = [
+        f"{done.directory}: reloaded, and its outputs equal those of the network in memory",
+        f"MACs     {small.cost.macs:,} of {dense.cost.macs:,} "
+        f"({format_percent(small.cost.macs / dense.cost.macs)})",
+        f"params   {small.cost.params:,} of {dense.cost.params:,} "
+        f"({format_percent(small.cost.params / dense.cost.params)})",
+    ]
+    for split, before, after in (
+        ("search split", dense.search, small.search),
+        ("test split", dense.test, small.test),
+    ):
+        if before is not None and after is not None and "accuracy" in after:
+            lines.append(
+                f"accuracy {format_percent(after['accuracy'], 2)} on the {split} "
+                f"(dense {format_percent(before['accuracy'], 2)})"
+            )
+    lines.append(f"latency  {small.latency} (dense {dense.latency})")
+    return "\n".join(lines)
+
+
+def batch_size(example_inputs: Any) -> int:
+    """Returns the number of examples in a model's inputs."""
+    args, kwargs = as_call(example_inputs)
+    return int((*args, *kwargs.values())[0].shape[0])
+
+
+@contextmanager
+def _new_folder(directory: Path) -> Iterator[Path]:
+    """Yields a folder beside `directory` that takes its name at the end, or vanishes."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    folder = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(directory)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_metrics(record: Record, outcome: Completed, rebuilt: dict[str, float]) -> None:
+    """Verifies that the rebuilt network is the one that the search evaluated.
+
+    Other thread counts add numbers in another order, so the last digits may differ.
+
+    Raises:
+        RuntimeError: If loss or accuracy are others.
+    """
+    for name, tolerance in (("loss", 1e-3), ("accuracy", 2e-3)):
+        before, now = outcome.metrics.get(name), rebuilt.get(name)
+        if before is None or now is None:
+            continue
+        if abs(before - now) > tolerance * max(1.0, abs(before)):
+            raise RuntimeError(
+                f"trial {record.number} had {name} {before:.4f} in the search, but the network "
+                f"rebuilt from its plan has {now:.4f}; weights or data must have changed since."
+            )
+
+
+def _measure(
+    problem: Problem,
+    graph: PruningGraph,
+    plan: PruningPlan,
+    dense: nn.Module,
+    small: nn.Module,
+    search_metrics: dict[str, float],
+) -> tuple[Measured, Measured]:
+    """Returns what the card says of the dense and of the exported network."""
+    dense_metrics = evaluate(dense, problem.validation, problem.loss)
+    dense_test, small_test = _test(problem, dense, small)
+    dense_time, small_time = measure_latency((dense, small), problem.example_inputs)
+
+    def measured(
+        network: nn.Module,
+        cost: Cost,
+        search: dict[str, float],
+        test: dict[str, float] | None,
+        latency: Latency,
+    ) -> Measured:
+        counted = thop_macs(network, problem.example_inputs)
+        return Measured(cost, counted, _file_bytes(network, problem), search, test, latency)
+
+    return (
+        measured(dense, graph.cost(), dense_metrics, dense_test, dense_time),
+        measured(small, graph.cost(plan), search_metrics, small_test, small_time),
+    )
+
+
+def _test(
+    problem: Problem, dense: nn.Module, small: nn.Module
+) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """Returns the metrics of both networks on the test split, which is opened here alone."""
+    if problem.test is None:
+        return None, None
+    batches = problem.test()
+    return (
+        evaluate(dense, batches, problem.loss),
+        evaluate(small, batches, problem.loss),
+    )
+
+
+def _file_bytes(network: nn.Module, problem: Problem) -> int:
+    """Returns the size of a network's weights as an export writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), network, PruningPlan(), example_inputs=problem.example_inputs)
+        return weights_bytes(Path(folder))
+
+
+def _check_reloaded(problem: Problem, folder: Path, small: nn.Module) -> None:
+    """Verifies that what was written loads and computes the same on real inputs.
+
+    Raises:
+        RuntimeError: If it does not.
+    """
+    reloaded = load(folder, problem.reference or (lambda: copy.deepcopy(problem.model)))
+    inputs, _ = next(iter(problem.validation))
+    with torch.no_grad():
+        expected, actual = forward(small, inputs), forward(reloaded, inputs)
+    try:
+        torch.testing.assert_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+    except AssertionError as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"the written network does not compute what the one in memory does ({reason})."
+        ) from error

@@ -1,0 +1,105 @@
+"""The command `export`: which trial, where to, and its place in MLflow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from torch import Tensor
+
+from paretoprune.experiments import runs
+from paretoprune.experiments.commands import problem_of, view_of
+from paretoprune.experiments.export import (
+    Exported,
+    check_destination,
+    check_formats,
+    export,
+    verdict,
+)
+from paretoprune.experiments.progress import long_step, progress_console
+from paretoprune.experiments.runs import RunSpec
+from paretoprune.experiments.store import ExportPlace
+from paretoprune.experiments.tracking import register_export
+from paretoprune.experiments.units import parse_flops
+from paretoprune.experiments.view import SearchView
+from paretoprune.search import Completed, Problem, Record
+from paretoprune.search.evaluation import one_line
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which trial to export; the best of the front where nothing is given.
+
+    Attributes:
+        trial: Its number.
+        max_flops: A FLOPs target that the best of the front must meet.
+    """
+
+    trial: int | None = None
+    max_flops: str | None = None
+
+    def of(self, view: SearchView) -> Record:
+        """Returns the record.
+
+        Raises:
+            ValueError: If there is none, or both ways of choosing are given.
+        """
+        if self.trial is not None and self.max_flops is not None:
+            raise ValueError("give --trial or --max-flops, not both.")
+        if self.trial is not None:
+            return _completed(view, self.trial)
+        limit = None if self.max_flops is None else parse_flops(self.max_flops)
+        if isinstance(limit, float):
+            limit = int(limit * view.dense.macs)
+        return view.front.best(limit)
+
+
+def _completed(view: SearchView, number: int) -> Record:
+    for record in view.records:
+        if record.number == number:
+            if isinstance(record.outcome, Completed):
+                return record
+            raise ValueError(f"trial {number} has no network: {record.outcome}.")
+    raise ValueError(
+        f"there is no trial {number}; the run has trials 0 to {len(view.records) - 1}."
+        if view.records
+        else f"there is no trial {number}; the run has none yet."
+    )
+
+
+def export_run(
+    name: str, choice: Choice, to: Path, *, formats: str, runs_dir: Path, quiet: bool
+) -> None:
+    """Exports a trial of a run, and registers it in MLflow."""
+    check_formats(formats)
+    check_destination(to)
+    folder, spec = runs.load_run(runs_dir, name)
+    record = choice.of(view_of(folder))
+    problem = problem_of(spec, quiet, folder)
+    title = f"Exporting trial {record.number}"
+    with long_step(progress_console(), title, quiet=quiet) as progress:
+        done = export(problem, record, to, run=name, seed=spec.seed, progress=progress)
+        progress("registering it in MLflow")
+        registered = _registered(done, problem, record, folder, spec)
+    typer.echo(verdict(done))
+    typer.echo(registered)
+
+
+def _registered(
+    done: Exported, problem: Problem, record: Record, folder: Path, spec: RunSpec
+) -> str:
+    """Puts an export into MLflow, and returns a line about it."""
+    file = folder / runs.TRACKING_FILE
+    example = problem.example_inputs
+    if not file.exists() or not isinstance(example, Tensor):
+        return "MLflow   not registered: " + (
+            "its inputs are no single tensor" if file.exists() else "the run is not there"
+        )
+    where = json.loads(file.read_text())
+    place = ExportPlace(where["uri"], where["experiment"], spec.id, record.number, problem.name)
+    try:
+        return f"MLflow   {register_export(place, done.directory, done.model, example)}"
+    except Exception as error:  # the export is complete without it
+        return f"MLflow   not registered: {one_line(error)}"

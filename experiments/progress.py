@@ -1,0 +1,242 @@
+"""Progress of a search and of other long steps: live on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from paretoprune.experiments.tables import Row, front_table
+from paretoprune.experiments.units import format_count, format_percent
+from paretoprune.experiments.view import SearchView
+from paretoprune.search import Failed, Infeasible, ParetoFront, Record, SearchInfo
+
+_LINE_SECONDS = 10.0
+"""Least time between plain lines that say nothing new."""
+_STAGE_SECONDS = 3.0
+"""Least time between plain lines about the stages of one step."""
+_SHOWN_MEMBERS = 8
+
+
+def progress_console() -> Console:
+    """Returns the console for progress: stderr, so that stdout carries results alone."""
+    return Console(stderr=True, highlight=False)
+
+
+def results_console() -> Console:
+    """Returns the console for results: stdout, 100 columns wide where nobody watches."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=100)
+
+
+def is_live(console: Console) -> bool:
+    """Returns whether a live view makes sense: on a terminal, and not in CI."""
+    return console.is_terminal and not os.environ.get("CI")
+
+
+@contextmanager
+def long_step(
+    console: Console, title: str, *, quiet: bool = False
+) -> Iterator[Callable[[str], None]]:
+    """Shows that a step is at work; yields a function that takes one line per stage of it.
+
+    Args:
+        console: Where to show it.
+        title: What is being done, as in "Measuring the dense network".
+        quiet: Shows nothing.
+    """
+    if quiet:
+        yield lambda line: None
+    elif is_live(console):
+        with console.status(f"{title} …") as status:
+            yield lambda line: status.update(f"{title} … [dim]{line}[/dim]")
+    else:
+        console.print(f"{title} …")
+        said = float("-inf")
+
+        def say(line: str) -> None:
+            nonlocal said
+            if time.monotonic() - said >= _STAGE_SECONDS:
+                console.print(f"  {line}", markup=False)
+                said = time.monotonic()
+
+        yield say
+
+
+class SearchProgress:
+    """A listener that shows a search on a console, from its preparation on.
+
+    A context manager, so that whatever ends the search leaves the terminal clean.
+
+    Args:
+        console: Where to show it; live if `is_live` says so.
+        quiet: Shows nothing.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._view: SearchView | None = None
+        self._trials = 0
+        self._before = 0
+        self._begun = 0.0
+        self._said = 0.0
+        self._best: int | None = None
+        self._reasons: set[str | None] = {None}
+        self._live: Live | None = None
+
+    def __enter__(self) -> SearchProgress:
+        """Shows that the search is being prepared."""
+        if self._quiet:
+            return self
+        title = "Measuring the dense network and its units"
+        if is_live(self._console):
+            self._live = Live(Spinner("dots", title), console=self._console, transient=True)
+            self._live.start()
+        else:
+            self._console.print(f"{title} …")
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Ends the view; nothing is left of a live one."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def started(self, info: SearchInfo) -> None:
+        """Begins to show trials."""
+        if self._quiet:
+            return
+        self._view = view = SearchView.of(info)
+        self._trials = info.trials
+        self._before = len(view.records)
+        self._begun = self._said = time.monotonic()
+        if self._live is not None:
+            self._live.update(self._render(view))
+        else:
+            self._console.print(self._opening(view))
+
+    def finished(self, record: Record, front: ParetoFront) -> None:
+        """Shows one more trial."""
+        if self._quiet:
+            return
+        assert self._view is not None, "the search announces its start before its trials"
+        self._view = view = replace(self._view, records=(*self._view.records, record))
+        if self._live is not None:
+            self._live.update(self._render(view))
+            return
+        best = front.best().number if front.records else None
+        news = best != self._best or _reason(record) not in self._reasons
+        done = len(view.records) == self._trials
+        due = time.monotonic() - self._said > _LINE_SECONDS
+        if done or due or news:
+            self._console.print(self._line(view, record), markup=False, soft_wrap=True)
+            self._said = time.monotonic()
+        self._best = best
+        self._reasons.add(_reason(record))
+
+    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+        """Nothing to do: leaving the context ends the view."""
+
+    def _opening(self, view: SearchView) -> str:
+        resumed = f", {self._before} of them done before" if self._before else ""
+        return (
+            f"{view.name}: {format_count(view.dense.macs)} MACs, target at most "
+            f"{format_count(view.target)} ({format_percent(view.target_ratio)}), "
+            f"{self._trials} trials{resumed}"
+        )
+
+    def _line(self, view: SearchView, record: Record) -> str:
+        parts = [f"[{len(view.records):>{len(str(self._trials))}}/{self._trials}]"]
+        match record.outcome:
+            case Failed(error=error):
+                parts.append(f"trial {record.number} failed: {error}")
+            case Infeasible(reason=reason):
+                parts.append(f"trial {record.number} infeasible: {reason}")
+        best = _best_row(view)
+        if best is not None:
+            parts.append(f"best trial {best.trial}: {_result(best)}")
+        return "  ".join([*parts, self._pace(view)])
+
+    def _pace(self, view: SearchView) -> str:
+        """Returns how fast trials finish and how long the rest takes."""
+        new = len(view.records) - self._before
+        if not new:
+            return "waiting for the first trial"
+        rate = new / max(time.monotonic() - self._begun, 1e-9)
+        left = (self._trials - len(view.records)) / rate
+        speed = f"{rate:.1f} trials/s" if rate >= 1 else f"{1 / rate:.1f} s/trial"
+        return f"{speed}, {_clock(left)} left"
+
+    def _render(self, view: SearchView) -> RenderableType:
+        facts = Table.grid(padding=(0, 2))
+        done = len(view.records)
+        bar = ProgressBar(total=self._trials, completed=done, width=40)
+        facts.add_row("trials", bar, f"{done}/{self._trials}  {self._pace(view)}")
+        lines: list[RenderableType] = [Text(self._opening(view), style="bold"), facts]
+        best = _best_row(view)
+        if best is not None:
+            dense = view.dense_metrics.get("accuracy")
+            beside = "" if dense is None else f" (dense {format_percent(dense, 2)})"
+            lines.append(Text(f"best    trial {best.trial}: {_result(best)}{beside}"))
+        lines += [
+            Text(f"        {number} x {reason}", style="yellow")
+            for reason, number in reasons(view).items()
+        ]
+        if view.front_rows:
+            title = f"front   {len(view.front_rows)} members"
+            hidden = len(view.front_rows) - _SHOWN_MEMBERS
+            title += f", the first {_SHOWN_MEMBERS} of them" if hidden > 0 else ""
+            lines += [
+                Text(title),
+                front_table(view.front_rows[:_SHOWN_MEMBERS], view.dense, view.dense_metrics),
+            ]
+        return Group(*lines)
+
+
+def _reason(record: Record) -> str | None:
+    """Returns why a trial failed; None if it did not."""
+    return record.outcome.error if isinstance(record.outcome, Failed) else None
+
+
+def _best_row(view: SearchView) -> Row | None:
+    if not view.front_rows:
+        return None
+    number = view.front.best().number
+    return next(row for row in view.front_rows if row.trial == number)
+
+
+def _result(row: Row) -> str:
+    if row.accuracy is not None:
+        quality = f"accuracy {format_percent(row.accuracy, 2)}"
+    else:
+        quality = f"loss {row.loss:.4f}"
+    return f"{quality} at {format_percent(row.macs_ratio)} of the MACs"
+
+
+def reasons(view: SearchView) -> dict[str, int]:
+    """Returns why trials did not complete, and how many for each reason, most first."""
+    counted: Counter[str] = Counter()
+    for record in view.records:
+        match record.outcome:
+            case Failed(error=error):
+                counted[f"failed: {error}"] += 1
+            case Infeasible():
+                counted["infeasible"] += 1
+    return dict(counted.most_common(4))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,261 @@
+"""Recipes: from a name, or a network with data, to the Problem that is searched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paretoprune.experiments import models
+from paretoprune.experiments.data import Data, load_data
+from paretoprune.experiments.references import (
+    LIBRARIES,
+    Network,
+    accepts,
+    call_reference,
+    close_matches,
+    import_reference,
+    library_network,
+    load_weights,
+)
+from paretoprune.experiments.sources import ExampleArray, float32, picked
+from paretoprune.experiments.splits import Splits, TrainingBatches, split
+from paretoprune.experiments.training import Progress, Training, silent, train
+from paretoprune.search.checks import check_problem
+from paretoprune.search.metrics import evaluating, forward
+from paretoprune.search.problem import Problem
+
+DATA_VARIABLE = "PARETOPRUNE_DATA"
+"""Environment variable: a folder with data/cifar10 and checkpoints/ for the CIFAR recipes."""
+
+DIGITS_TRAINING = Training(epochs=40, learning_rate=0.1)
+
+
+class Recipe(Protocol):
+    """A function from the command line's options to a problem; it may leave options out."""
+
+    def __call__(
+        self, *, data: str | None, weights: str | None, seed: int, progress: Progress
+    ) -> Problem: ...
+
+
+def digits(*, data: str | None, weights: str | None, seed: int, progress: Progress) -> Problem:
+    """Returns a ResNet-14 for scikit-learn's digits, trained on the spot in seconds.
+
+    The search split takes no part in the training.
+
+    Args:
+        data: A data reference in place of the digits, of 8x8 grey images of 10 classes.
+        weights: A file of trained weights in place of the training.
+        seed: Draws splits and batches; initial weights come from torch's global generator.
+        progress: Receives lines about the training.
+    """
+    opened = load_data(data or "digits", seed=seed)
+    model: nn.Module = models.digits_resnet().eval()
+    if weights is not None:
+        load_weights(model, weights)
+    _check_network(model, opened)
+    splits = split(opened.train, seed=seed)
+    if weights is None:
+        batches = TrainingBatches(opened.train, splits.training, batch_size=64, seed=seed)
+        training = replace(DIGITS_TRAINING, seed=seed)
+        model = train(model, batches, training, progress=progress)
+    return _problem(
+        "digits", Network(model, f"{models.__name__}:digits_resnet", {}), opened, splits
+    )
+
+
+def cifar10_resnet(
+    depth: int, *, data: str | None, weights: str | None, seed: int, progress: Progress
+) -> Problem:
+    """Returns a trained ResNet for CIFAR-10.
+
+    The search split is part of the training set, and the weights have usually seen it.
+
+    Args:
+        depth: 20, 32, 44 or 56.
+        data: A data reference; by default the CIFAR-10 under $PARETOPRUNE_DATA.
+        weights: A file of trained weights; by default the one under $PARETOPRUNE_DATA.
+        seed: Draws splits.
+        progress: Receives a line about the reading.
+
+    Raises:
+        ValueError: If data or weights are neither given nor there.
+    """
+    name = f"resnet{depth}-cifar10"
+    data = data or f"cifar10:{_provided(name, '--data cifar10:DIR', 'data/cifar10')}"
+    weights = weights or str(_provided(name, "--weights FILE", f"checkpoints/{name}.safetensors"))
+    model = getattr(models, f"resnet{depth}")().eval()
+    load_weights(model, weights)
+    progress(f"reading {data}")
+    opened = load_data(data, seed=seed)
+    _check_network(model, opened)
+    network = Network(model, f"{models.__name__}:resnet{depth}", {})
+    return _problem(name, network, opened, split(opened.train, seed=seed))
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "digits": digits,
+        "resnet20-cifar10": partial(cifar10_resnet, 20),
+        "resnet32-cifar10": partial(cifar10_resnet, 32),
+        "resnet44-cifar10": partial(cifar10_resnet, 44),
+        "resnet56-cifar10": partial(cifar10_resnet, 56),
+    }
+)
+
+
+def build_problem(
+    model: str,
+    *,
+    data: str | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Problem:
+    """Returns the problem that a recipe, or a network with data, stands for.
+
+    The same arguments give the same problem, so that a run can be continued from them.
+
+    Args:
+        model: A recipe's name, `torchvision:NAME`, `timm:NAME`, or `package.module:function`,
+            which returns a Problem or a trained network; the function receives those of `data`,
+            `weights`, `seed`, `progress` and `num_classes` that it declares.
+        data: A data reference, see `data.load_data`; a network needs it, a recipe may.
+        weights: A file of weights, or pretrained weights of the library by name.
+        seed: Draws splits and what a recipe trains.
+        progress: Receives lines about long steps.
+
+    Raises:
+        ValueError: If a name is unknown, something needed is not given, or data and network do
+            not fit each other.
+    """
+    with torch.random.fork_rng(devices=[]):  # initial weights come from the global generator
+        torch.manual_seed(seed)
+        if model in RECIPES:
+            return RECIPES[model](data=data, weights=weights, seed=seed, progress=progress)
+        kind, colon, _ = model.partition(":")
+        if not colon:
+            raise ValueError(
+                f"unknown recipe {model!r}; {close_matches(model, RECIPES)} A network is given as "
+                f"torchvision:NAME, timm:NAME or package.module:function."
+            )
+        build = _from_library if kind in LIBRARIES else _from_function
+        return build(model, data, weights, seed, progress)
+
+
+def _from_library(
+    reference: str, data: str | None, weights: str | None, seed: int, progress: Progress
+) -> Problem:
+    """Returns the problem of a network of torchvision or timm."""
+    opened = _opened(reference, data, seed)
+    network = library_network(reference, classes=opened.classes, weights=weights)
+    if weights is None:
+        progress(f"{reference} is untrained, because no --weights are given")
+    exact = not isinstance(opened.train, ExampleArray)  # that one holds a part of the data
+    _check_network(network.model, opened, exact=exact)
+    return _problem(reference, network, opened, split(opened.train, seed=seed))
+
+
+def _from_function(
+    reference: str, data: str | None, weights: str | None, seed: int, progress: Progress
+) -> Problem:
+    """Returns the problem of a function that makes one, or of a function that makes a network."""
+    function = import_reference(reference)
+    given = {"data": data, "weights": weights}
+    available: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    arguments: dict[str, Any] = {}
+    opened: Data | None = None
+    if data is not None and accepts(function, "num_classes"):
+        opened = load_data(data, seed=seed)
+        if opened.classes is not None:
+            arguments["num_classes"] = opened.classes
+    made = call_reference(reference, **available, **arguments, seed=seed, progress=progress)
+    if isinstance(made, Problem):
+        if unused := [name for name in available if not accepts(function, name)]:
+            options = " and ".join(f"--{name}" for name in unused)
+            raise ValueError(
+                f"{reference} brings its own {' and '.join(unused)}; leave {options} out."
+            )
+        check_problem(made)
+        return made
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            f"{reference} must return a Problem or a network (torch.nn.Module), but returned a "
+            f"{type(made).__name__}."
+        )
+    model = made.eval()
+    if weights is not None and not accepts(function, "weights"):
+        load_weights(model, weights)
+    opened = opened or _opened(reference, data, seed)
+    _check_network(model, opened)
+    network = Network(model, reference, arguments)
+    return _problem(reference, network, opened, split(opened.train, seed=seed))
+
+
+def _check_network(model: nn.Module, data: Data, *, exact: bool = False) -> None:
+    """Verifies on two training examples, before anything long, that network and data fit.
+
+    Args:
+        model: The network.
+        data: Its data.
+        exact: Whether the network must have exactly the classes of the data, not just enough.
+
+    Raises:
+        ValueError: If they do not fit each other.
+    """
+    inputs, targets = float32(data.train.read(torch.arange(2)))
+    if data.classes is not None:  # too few classes are told below, in words of the data
+        targets = torch.zeros_like(targets)
+    batch = (inputs, targets)
+    check_problem(Problem(model, inputs, calibration=[batch], validation=[batch]))
+    with evaluating(model), torch.no_grad():
+        outputs = forward(model, inputs)
+    if data.classes is None or not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        return
+    if outputs.shape[1] < data.classes or (exact and outputs.shape[1] != data.classes):
+        raise ValueError(
+            f"the network tells {outputs.shape[1]} classes apart, but {data.name} has "
+            f"{data.classes}."
+        )
+
+
+def _problem(name: str, network: Network, data: Data, splits: Splits) -> Problem:
+    inputs, _ = splits.calibration[0]
+    return Problem(
+        network.model,
+        picked(inputs, torch.arange(2)),
+        calibration=splits.calibration,
+        recalibration=splits.recalibration,
+        validation=splits.validation,
+        test=data.test,
+        name=name,
+        reference=network.reference,
+        arguments=network.arguments,
+    )
+
+
+def _opened(model: str, data: str | None, seed: int) -> Data:
+    if data is None:
+        raise ValueError(
+            f"{model} needs data; give --data cifar10:DIR, imagefolder:DIR, digits or "
+            f"package.module:function."
+        )
+    return load_data(data, seed=seed)
+
+
+def _provided(recipe: str, option: str, below: str) -> Path:
+    """Returns a path under $PARETOPRUNE_DATA, for an option that was not given."""
+    root = os.environ.get(DATA_VARIABLE)
+    path = Path(root or "", below)
+    if not root or not path.exists():
+        where = f"which has no {below}" if root else "which is not set"
+        raise ValueError(f"recipe {recipe!r} needs {option} (or ${DATA_VARIABLE}, {where}).")
+    return path

@@ -1,0 +1,178 @@
+"""Sources: labelled examples read by index, plain or with the training augmentation.
+
+Legend: n examples, c channels, h and w pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils.data import Dataset, default_collate
+
+from paretoprune.search.problem import Batch
+
+
+class Source(Protocol):
+    """Labelled examples in a fixed order."""
+
+    def labels(self) -> Tensor | None:
+        """Returns the class of every example, shape (n,); None where there are no classes."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Tensor, augmentation: torch.Generator | None = None) -> Batch:
+        """Returns the examples at `indices` as one batch.
+
+        Args:
+            indices: Positions of the examples, shape (batch,).
+            augmentation: Draws the training augmentation; None reads the examples plain.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ImageArray:
+    """Small images in memory.
+
+    Attributes:
+        images: Pixels, uint8, shape (n, h, w, c).
+        targets: Classes, int64, shape (n,).
+        mean: Per channel, of the pixels as fractions of `scale`.
+        std: Per channel, likewise.
+        scale: The pixel value that counts as 1.
+        shift: The augmentation moves images by up to so many pixels, zeros come in.
+        flip: Whether the augmentation mirrors half of the images.
+    """
+
+    images: Tensor
+    targets: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 255.0
+    shift: int = 4
+    flip: bool = True
+
+    def labels(self) -> Tensor:
+        """Returns the classes, shape (n,)."""
+        return self.targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, indices: Tensor, augmentation: torch.Generator | None = None) -> Batch:
+        """Returns normalised float32 images, shape (batch, c, h, w), and their classes."""
+        images = self.images[indices].permute(0, 3, 1, 2).float() / self.scale
+        if augmentation is not None:
+            images = _shifted(images, self.shift, augmentation)
+            if self.flip:
+                mirrored = torch.rand(len(images), generator=augmentation) < 0.5
+                images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        return ((images - mean) / std).contiguous(), self.targets[indices]
+
+
+def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Returns each image moved by its own random offset of up to `shift` pixels per axis."""
+    n, _, height, width = images.shape
+    padded = F.pad(images, (shift,) * 4)
+    down, right = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
+    rows = (down + torch.arange(height))[:, None, :, None]
+    columns = (right + torch.arange(width))[:, None, None, :]
+    example = torch.arange(n)[:, None, None, None]
+    channel = torch.arange(images.shape[1])[None, :, None, None]
+    return padded[example, channel, rows, columns]
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A map-style dataset of (input, target) pairs.
+
+    Attributes:
+        plain: The dataset.
+        augmented: The same examples in the same order with the training augmentation, drawn
+            from torch's global generator; None if there is none.
+    """
+
+    plain: Dataset[Any]
+    augmented: Dataset[Any] | None = None
+
+    def labels(self) -> Tensor | None:
+        """Returns the dataset's `targets` (or `labels`) where it lists one class per example."""
+        for name in ("targets", "labels"):
+            try:
+                return _classes(torch.as_tensor(getattr(self.plain, name)), len(self))
+            except (AttributeError, TypeError, ValueError, RuntimeError):
+                continue  # not there, or not numbers: examples are then drawn without balance
+        return None
+
+    def __len__(self) -> int:
+        return len(self.plain)  # type: ignore[arg-type]
+
+    def read(self, indices: Tensor, augmentation: torch.Generator | None = None) -> Batch:
+        """Returns the examples as torch's default collation stacks them."""
+        if augmentation is None or self.augmented is None:
+            return _batch([self.plain[int(index)] for index in indices])
+        with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
+            torch.manual_seed(int(torch.randint(2**31, (), generator=augmentation)))
+            return _batch([self.augmented[int(index)] for index in indices])
+
+
+@dataclass(frozen=True)
+class ExampleArray:
+    """Examples in memory, as ready batches brought them.
+
+    Attributes:
+        inputs: A tensor, tuple or dict of tensors, shape (n, ...).
+        targets: Shape (n, ...).
+    """
+
+    inputs: Any
+    targets: Tensor
+
+    @staticmethod
+    def of(batches: Sequence[Batch]) -> ExampleArray:
+        """Returns the examples of `batches` in one piece."""
+        joined = tree_map(lambda *parts: torch.cat(parts), *(inputs for inputs, _ in batches))
+        return ExampleArray(joined, torch.cat([targets for _, targets in batches]))
+
+    def labels(self) -> Tensor | None:
+        """Returns the targets where they are one integer per example."""
+        return _classes(self.targets, len(self))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, indices: Tensor, augmentation: torch.Generator | None = None) -> Batch:
+        """Returns the examples as they are; ready batches have no augmentation to draw."""
+        return picked(self.inputs, indices), self.targets[indices]
+
+
+def _classes(targets: Tensor, size: int) -> Tensor | None:
+    if targets.shape != (size,) or targets.is_floating_point() or targets.is_complex():
+        return None
+    return targets.long()
+
+
+def _batch(examples: list[Any]) -> Batch:
+    inputs, targets = default_collate(examples)
+    return inputs, torch.as_tensor(targets)
+
+
+def picked(inputs: Any, indices: Tensor) -> Any:
+    """Returns the examples at `indices` of batched inputs: a tensor, tuple, list or dict."""
+    return tree_map_only(Tensor, lambda tensor: tensor[indices], inputs)
+
+
+def float32(value: Any) -> Any:
+    """Returns `value` with every float64 tensor in it as float32, as networks compute."""
+    return tree_map_only(
+        Tensor, lambda tensor: tensor.float() if tensor.dtype == torch.float64 else tensor, value
+    )

@@ -1,0 +1,187 @@
+"""Splits: the calibration, recalibration and search splits of a training set, by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from paretoprune.experiments.sources import Source, float32
+from paretoprune.search.problem import Batch
+
+LARGE_EXAMPLE = 3 * 96 * 96
+"""Scalars of an example from which on splits and batches are kept small, for memory's sake."""
+
+FEWEST_EXAMPLES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Largest numbers of examples in each split; a small training set gives fewer."""
+
+    calibration: int = 1000
+    recalibration: int = 2000
+    validation: int = 4000
+
+
+SMALL_IMAGES = Sizes()
+LARGE_IMAGES = Sizes(calibration=512, recalibration=1024, validation=2048)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A re-iterable of batches that are read anew, in order and plain, at every iteration.
+
+    Attributes:
+        source: Where the examples are.
+        indices: Positions of the examples, shape (n,).
+        batch_size: Examples per batch; the last batch may have fewer.
+    """
+
+    source: Source
+    indices: Tensor
+    batch_size: int
+
+    @staticmethod
+    def of(source: Source) -> Batches:
+        """Returns every example of `source`."""
+        return Batches(source, torch.arange(len(source)), batch_size_for(source))
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for part in self.indices.split(self.batch_size):
+            yield float32(self.source.read(part))
+
+
+class TrainingBatches:
+    """A re-iterable of batches; every iteration is a new epoch, shuffled and augmented.
+
+    The sequence of epochs depends on the seed alone. The last, smaller batch of an epoch is left
+    out, because BatchNorm cannot train on a few examples.
+
+    Args:
+        source: Where the examples are.
+        indices: Positions of the examples, shape (n,).
+        batch_size: Examples per batch; at most n are taken.
+        seed: Draws the order and the augmentation.
+    """
+
+    def __init__(self, source: Source, indices: Tensor, batch_size: int, seed: int) -> None:
+        self._source = source
+        self._indices = indices
+        self._batch_size = min(batch_size, len(indices))
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self._indices) // self._batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(len(self._indices), generator=self._generator)
+        for part in self._indices[order].split(self._batch_size)[: len(self)]:
+            yield float32(self._source.read(part, self._generator))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Parts of a training set.
+
+    Attributes:
+        calibration: Plain examples for criteria and reconstruction, class-balanced.
+        recalibration: Examples with the training augmentation, for BatchNorm statistics,
+            class-balanced; those of `calibration` are among them.
+        validation: The search split, plain, with the class proportions of the training set;
+            shares no example with the two others.
+        training: Positions of every example outside `validation`, shape (n,).
+    """
+
+    calibration: list[Batch]
+    recalibration: list[Batch]
+    validation: list[Batch]
+    training: Tensor
+
+
+def split(source: Source, *, seed: int, sizes: Sizes | None = None) -> Splits:
+    """Returns the splits of a training set; a pure function of it and the seed.
+
+    Args:
+        source: The training set.
+        seed: Draws which examples go where, and the augmentation.
+        sizes: Largest numbers of examples; by default those that suit the size of an example.
+
+    Raises:
+        ValueError: If there are too few examples.
+    """
+    total = len(source)
+    if total < FEWEST_EXAMPLES:
+        raise ValueError(
+            f"a search needs at least {FEWEST_EXAMPLES} training examples, but the data has "
+            f"{total}."
+        )
+    sizes = sizes or sizes_for(source)
+    held_out = min(sizes.validation, max(total // 4, total - sizes.recalibration))
+    generator = torch.Generator().manual_seed(seed)
+    validation, training = _ordered(source.labels(), total, held_out, generator)
+    batch_size = batch_size_for(source)
+    augmented = training[: sizes.recalibration].split(batch_size)
+    return Splits(
+        calibration=list(Batches(source, training[: sizes.calibration], batch_size)),
+        recalibration=[float32(source.read(part, generator)) for part in augmented],
+        validation=list(Batches(source, validation, batch_size)),
+        training=training,
+    )
+
+
+def batch_size_for(source: Source) -> int:
+    """Returns the batch size that suits the size of an example."""
+    return 32 if _is_large(source) else 250
+
+
+def sizes_for(source: Source) -> Sizes:
+    """Returns the sizes of splits that suit the size of an example."""
+    return LARGE_IMAGES if _is_large(source) else SMALL_IMAGES
+
+
+def _is_large(source: Source) -> bool:
+    inputs, _ = source.read(torch.tensor([0]))
+    return (
+        sum(leaf.numel() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        >= LARGE_EXAMPLE
+    )
+
+
+def _ordered(
+    labels: Tensor | None, total: int, held_out: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns random orders of the held-out examples and of the others.
+
+    The held-out ones have the class proportions of the whole. The others come in rounds of one
+    example per class, so that every prefix is class-balanced while the examples last.
+    """
+    order = torch.randperm(total, generator=generator)
+    if labels is None:
+        return order[:held_out], order[held_out:]
+    rank, size = _rank_within_class(labels[order])
+    order = order[((rank + 0.5) / size).argsort(stable=True)]
+    validation, rest = order[:held_out], order[held_out:]
+    rounds, _ = _rank_within_class(labels[rest])
+    return validation, rest[rounds.argsort(stable=True)]
+
+
+def _rank_within_class(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns, for every example, how many of its class precede it, and how large the class is.
+
+    Args:
+        labels: Class of every example, shape (n,).
+    """
+    rank, size = torch.empty_like(labels), torch.empty_like(labels)
+    for label in labels.unique():
+        members = labels == label
+        count = int(members.sum())
+        rank[members] = torch.arange(count)
+        size[members] = count
+    return rank, size

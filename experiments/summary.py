@@ -1,0 +1,144 @@
+"""What plots and pages say and draw of a search, apart from how: sentences, corners, ranges."""
+
+from __future__ import annotations
+
+from paretoprune.experiments.tables import Row, pruning_ratios
+from paretoprune.experiments.units import format_count, format_percent
+from paretoprune.experiments.view import SearchView
+from paretoprune.search import Failed, Infeasible
+
+
+def headline(view: SearchView) -> str:
+    """Returns one sentence: the best member of the front beside the dense network."""
+    if not view.front_rows:
+        return f"{view.name}: no completed trial yet."
+    best = view.front.best()
+    row = next(row for row in view.front_rows if row.trial == best.number)
+    return (
+        f"{view.name}: trial {row.trial} keeps {format_percent(row.macs_ratio)} of the MACs "
+        f"({format_count(row.macs)} of {format_count(view.dense.macs)}){_beside(row, view)}."
+    )
+
+
+def _beside(row: Row, view: SearchView) -> str:
+    dense = view.dense_metrics
+    if row.accuracy is not None and "accuracy" in dense:
+        accuracy = f"accuracy {format_percent(row.accuracy, 2)} on the search split"
+        return f", {accuracy} (dense {format_percent(dense['accuracy'], 2)})"
+    if row.loss is not None and "loss" in dense:
+        return f", loss {row.loss:.4f} on the search split (dense {dense['loss']:.4f})"
+    return ""
+
+
+def counts(view: SearchView) -> str:
+    """Returns how the trials ended, such as `96 trials completed, 4 infeasible`."""
+    parts = [f"{len(view.rows)} trials completed"]
+    parts += [
+        f"{number} {word}"
+        for word, number in (
+            ("infeasible", view.count(Infeasible)),
+            ("failed", view.count(Failed)),
+        )
+        if number
+    ]
+    return ", ".join(parts)
+
+
+def measured(view: SearchView) -> list[str]:
+    """Returns which of accuracy and loss the trials have, accuracy first."""
+    return [
+        name
+        for name in ("accuracy", "loss")
+        if view.rows and all(getattr(row, name) is not None for row in view.rows)
+    ]
+
+
+def value_of(row: Row, name: str) -> float:
+    """Returns a row's accuracy in percent, or its loss in nats."""
+    value = getattr(row, name)
+    return float(value) * (100 if name == "accuracy" else 1)
+
+
+def steps(view: SearchView, name: str) -> tuple[list[float], list[float]]:
+    """Returns the front as a step line: at each MACs share, the best value at or below it.
+
+    Args:
+        view: The search.
+        name: `accuracy` (in percent) or `loss`.
+
+    Returns:
+        The corners: MACs shares in percent, ending at the budget, and values.
+    """
+    better = max if name == "accuracy" else min
+    xs: list[float] = []
+    ys: list[float] = []
+    for row in reversed(view.front_rows):
+        x, y = 100 * row.macs_ratio, value_of(row, name)
+        if ys:
+            xs.append(x)
+            ys.append(ys[-1])
+            y = better(y, ys[-1])
+        xs.append(x)
+        ys.append(y)
+    if ys:
+        xs.append(max(100 * view.target_ratio, xs[-1]))
+        ys.append(ys[-1])
+    return xs, ys
+
+
+def share_range(view: SearchView) -> tuple[float, float]:
+    """Returns the MACs shares in percent between which a plot shows the trials."""
+    shares = [100 * view.target_ratio, *(100 * row.macs_ratio for row in view.rows)]
+    low, high = min(shares), max(shares)
+    margin = max(0.06 * (high - low), 1.0)
+    return max(0.0, low - margin), min(high + 2 * margin, 103.0)
+
+
+def accuracy_range(view: SearchView) -> tuple[float, float]:
+    """Returns the accuracies in percent that show the front without crowding it.
+
+    Some baselines fall to chance; with them in range, the front would be one flat line.
+    """
+    front = [value_of(row, "accuracy") for row in view.front_rows]
+    every = sorted(value_of(row, "accuracy") for row in view.rows)
+    top = max(*every, 100 * view.dense_metrics.get("accuracy", 0.0))
+    low = min(*front, every[len(every) // 4])
+    margin = 0.06 * max(top - low, 1.0)
+    return max(0.0, low - margin), top + margin
+
+
+def ratio_matrix(view: SearchView) -> tuple[list[str], list[list[float]]]:
+    """Returns the groups, and per group the pruning ratio in each row of the front."""
+    ratios = [pruning_ratios(record, view.sizes, view.blocks) for record in view.front.records]
+    names = list(view.sizes)
+    return names, [[ratio.get(name, 0.0) for ratio in ratios] for name in names]
+
+
+def note(view: SearchView, run: str) -> str:
+    """Returns the description of a search in Markdown: its result, and how to read what is there.
+
+    Args:
+        view: The search.
+        run: Name of its run.
+    """
+    lines = [
+        f"**{headline(view)}**",
+        "",
+        f"{counts(view)}; {len(view.front_rows)} on the Pareto front. Target: at most "
+        f"{format_count(view.target)} MACs, {format_percent(view.target_ratio)} of the dense "
+        f"network. MACs are the papers' FLOPs (one multiply-accumulate = 1).",
+        "",
+        "How to read this run:",
+        "- Artifacts, `pareto/front.html`: the front, point at a mark for its trial; pictures in "
+        "`front.png`, `ratios.png` and `hypervolume.png`, a table in `front.json`.",
+        "- Child runs: one per trial; `pareto = true` are the front. `macs_ratio` is the share of "
+        "the MACs that is left, `flops_reduction` what is gone, `pruning_ratio.*` the share of "
+        "units removed per stage, `plan.json` the exact decision.",
+        "- `loss` and `accuracy` are measured on the search split: training data held out of "
+        "calibration, not the test data. Trials are ranked by `loss`, because a trained network "
+        "has often seen that split and its accuracy there saturates.",
+        "- `origin = seed` marks the one-shot baselines that the search began with.",
+        "",
+        f"Export the best: `paretoprune export {run} --to DIR`.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,182 @@
+"""Records as rows: the one place that decides what tables, plots and pages show of a trial."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rich import box
+from rich.table import Table
+
+from paretoprune.experiments.units import format_count, format_percent
+from paretoprune.search import Completed, ParetoFront, Record
+from paretoprune.surgery import Cost
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One completed trial for people.
+
+    Attributes:
+        trial: Number of the trial.
+        macs: MACs of one forward pass of one example.
+        macs_ratio: Share of the dense network's MACs that is left.
+        params: Trainable scalars.
+        loss: Mean loss on the search split; None where it was not measured.
+        accuracy: Share of the search split that is classified rightly; None likewise.
+        criterion: Name of the criterion that ranked units.
+        allocation: `global` or `uniform`.
+        removed: Names of the blocks removed whole.
+        origin: `seed` for a one-shot baseline, else `sampler`.
+        seconds: Wall time of the evaluation.
+        on_front: Whether no other trial dominates it.
+    """
+
+    trial: int
+    macs: int
+    macs_ratio: float
+    params: int
+    loss: float | None
+    accuracy: float | None
+    criterion: str
+    allocation: str
+    removed: tuple[str, ...]
+    origin: str
+    seconds: float
+    on_front: bool
+
+
+def rows_of(records: Iterable[Record], front: ParetoFront, dense: Cost) -> list[Row]:
+    """Returns one row per completed record, in the order of `records`.
+
+    Args:
+        records: Records of any outcome; those that did not complete have no row.
+        front: The front that decides `on_front`.
+        dense: Cost of the dense network, the whole of `macs_ratio`.
+    """
+    members = {record.number for record in front.records}
+    return [
+        _row(record, record.outcome, dense, record.number in members)
+        for record in records
+        if isinstance(record.outcome, Completed)
+    ]
+
+
+def _row(record: Record, outcome: Completed, dense: Cost, on_front: bool) -> Row:
+    metrics = outcome.metrics
+    return Row(
+        trial=record.number,
+        macs=int(metrics["macs"]),
+        macs_ratio=metrics["macs"] / dense.macs,
+        params=int(metrics["params"]),
+        loss=metrics.get("loss"),
+        accuracy=metrics.get("accuracy"),
+        criterion=record.candidate.criterion,
+        allocation=record.candidate.allocation,
+        removed=record.plan.removed if record.plan is not None else (),
+        origin=record.origin,
+        seconds=outcome.seconds,
+        on_front=on_front,
+    )
+
+
+def front_json(rows: Sequence[Row]) -> str:
+    """Returns rows as JSON: a list of objects with the fields of `Row`."""
+    return json.dumps([asdict(row) for row in rows], indent=2)
+
+
+def front_csv(rows: Sequence[Row]) -> str:
+    """Returns rows as CSV with a header line; removed blocks are joined by spaces."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [name for name in Row.__slots__ if name != "on_front"])
+    writer.writeheader()
+    for row in rows:
+        values = asdict(row) | {"removed": " ".join(row.removed)}
+        del values["on_front"]
+        writer.writerow(values)
+    return out.getvalue()
+
+
+def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, float]) -> Table:
+    """Returns a table of at most 100 columns with the dense network as its first line.
+
+    Args:
+        rows: Rows of the front, MACs falling.
+        dense: Cost of the dense network.
+        dense_metrics: Its `loss` and `accuracy` on the search split.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("trial", "MACs", "share", "params", "loss", "accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("criterion and allocation", "blocks removed"):
+        table.add_column(name)
+    whole = [format_count(dense.macs), "100.0 %", format_count(dense.params)]
+    quality = [_loss(dense_metrics.get("loss")), _share(dense_metrics.get("accuracy"))]
+    table.add_row("dense", *whole, *quality, "–", "–", style="dim")
+    for row in rows:
+        table.add_row(
+            str(row.trial),
+            format_count(row.macs),
+            format_percent(row.macs_ratio),
+            format_count(row.params),
+            _loss(row.loss),
+            _share(row.accuracy),
+            f"{row.criterion} {row.allocation}" + (" one-shot" if row.origin == "seed" else ""),
+            _names(row.removed),
+        )
+    return table
+
+
+def _names(removed: tuple[str, ...]) -> str:
+    if len(removed) > 2:
+        return f"{removed[0]} and {len(removed) - 1} more"
+    return ", ".join(removed) or "none"
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else format_percent(value, 2)
+
+
+def pruning_ratios(
+    record: Record, sizes: Mapping[str, int], blocks: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """Returns the share of each group's units that a record removes, from 0 to 1.
+
+    Args:
+        record: A record with a plan.
+        sizes: Units per group of the dense network.
+        blocks: Groups inside each removable block; they go with it.
+    """
+    plan = record.plan
+    if plan is None:
+        return {}
+    gone = {name for block in plan.removed for name in blocks.get(block, ())}
+    return {
+        name: 1.0 if name in gone else 1 - len(plan.kept.get(name, range(size))) / size
+        for name, size in sizes.items()
+    }
+
+
+def stage_ratios(ratios: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Returns the mean pruning ratio of each stage, every unit counting once.
+
+    A stage is the first part of a group's name where that gives two to six stages, else one
+    third of the network.
+    """
+    names = list(ratios)
+    stages = {name: name.split(".")[0] for name in names}
+    if not 2 <= len(set(stages.values())) <= 6:
+        thirds = ("first third", "second third", "last third")
+        stages = {name: thirds[3 * at // len(names)] for at, name in enumerate(names)}
+    totals: dict[str, list[float]] = {}
+    for name in names:
+        removed, units = totals.setdefault(stages[name], [0.0, 0.0])
+        totals[stages[name]] = [removed + ratios[name] * sizes[name], units + sizes[name]]
+    return {stage: removed / units for stage, (removed, units) in totals.items()}

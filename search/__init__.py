@@ -1,0 +1,37 @@
+"""Search: decisions in, a Pareto front out. Imports Optuna and Ray only when a search runs."""
+
+from paretoprune.search.candidate import Candidate
+from paretoprune.search.checks import SAMPLERS
+from paretoprune.search.errors import RunLocked, SearchInterrupted
+from paretoprune.search.front import ParetoFront, hypervolume, non_dominated
+from paretoprune.search.listener import Listener, SearchInfo
+from paretoprune.search.loop import read_run, search
+from paretoprune.search.metrics import evaluate
+from paretoprune.search.problem import Batch, Direction, Objective, Problem
+from paretoprune.search.record import Completed, Failed, Infeasible, Outcome, Record
+from paretoprune.search.space import SearchSpace
+
+__all__ = [
+    "SAMPLERS",
+    "Batch",
+    "Candidate",
+    "Completed",
+    "Direction",
+    "Failed",
+    "Infeasible",
+    "Listener",
+    "Objective",
+    "Outcome",
+    "ParetoFront",
+    "Problem",
+    "Record",
+    "RunLocked",
+    "SearchInfo",
+    "SearchInterrupted",
+    "SearchSpace",
+    "evaluate",
+    "hypervolume",
+    "non_dominated",
+    "read_run",
+    "search",
+]

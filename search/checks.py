@@ -1,0 +1,141 @@
+"""Checks before long work: what a search is asked for, and whether model and data fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from paretoprune.criteria import CRITERIA, Criterion
+from paretoprune.search.metrics import device_of, evaluating, forward
+from paretoprune.search.objectives import MEASURED
+from paretoprune.search.problem import Batch, Problem
+
+SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random")
+"""Names of the samplers, all of Optuna."""
+
+
+def check_flops(flops: float | int) -> None:
+    """Verifies a FLOPs target: a share of the dense MACs as float, or MACs as int.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    if isinstance(flops, bool) or not isinstance(flops, (int, float)):
+        raise ValueError(f"flops is a fraction (float) or MACs (int), but got {flops!r}.")
+    if isinstance(flops, float) and not 0 < flops <= 1:
+        raise ValueError(f"flops as a fraction lies in (0, 1], but got {flops}.")
+    if isinstance(flops, int) and flops < 1:
+        raise ValueError(f"flops in MACs must be at least 1, but got {flops}.")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Verifies a whole number.
+
+    Raises:
+        ValueError: If it is none, or below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, but got {value!r}.")
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Verifies that `name` is one of `known`.
+
+    Raises:
+        ValueError: If not; lists what is.
+    """
+    if name not in (options := tuple(known)):
+        raise ValueError(f"unknown {kind} {name!r}; available: {', '.join(options)}.")
+
+
+def check_sampler(name: str) -> None:
+    """Verifies the name of a sampler.
+
+    Raises:
+        ValueError: If it is unknown; lists what is.
+    """
+    check_name("sampler", name, SAMPLERS)
+
+
+def check_objectives(names: Sequence[str]) -> None:
+    """Verifies the names of objectives.
+
+    Raises:
+        ValueError: If there are fewer than two, one is unknown or named twice.
+    """
+    for name in names:
+        check_name("objective", name, MEASURED)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"a search has two or more different objectives, but got {list(names)}.")
+
+
+def criteria_by_name(criteria: Sequence[str] | Mapping[str, Criterion]) -> dict[str, Criterion]:
+    """Returns criteria by name; names stand for the defaults in `CRITERIA`.
+
+    Raises:
+        ValueError: If there is none, or a name is unknown.
+    """
+    if isinstance(criteria, str):
+        raise ValueError(f"criteria is a sequence of names, but got the string {criteria!r}.")
+    if not isinstance(criteria, Mapping):
+        for name in criteria:
+            check_name("criterion", name, CRITERIA)
+        criteria = {name: CRITERIA[name]() for name in criteria}
+    if not criteria:
+        raise ValueError(f"a search needs a criterion; available: {', '.join(CRITERIA)}.")
+    return dict(criteria)
+
+
+def check_problem(problem: Problem) -> None:
+    """Verifies that the data is there and fits the model, on one batch of each split.
+
+    Raises:
+        ValueError: If a split is empty or can be read only once, or if the loss does not accept
+            the model's outputs with the targets.
+    """
+    splits = {"calibration": problem.calibration, "validation": problem.validation}
+    if problem.recalibration is not None:
+        splits["recalibration"] = problem.recalibration
+    for name, batches in splits.items():
+        _check_batch(problem, name, _first(name, batches))
+
+
+def _first(name: str, batches: Iterable[Batch]) -> Batch:
+    iterator = iter(batches)
+    if iterator is batches:
+        raise ValueError(
+            f"problem.{name} is read many times, but an iterator or generator ends after the "
+            f"first; pass a list or a data loader."
+        )
+    batch = next(iterator, None)
+    if batch is None:
+        raise ValueError(f"problem.{name} must have at least one batch, but it is empty.")
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise ValueError(
+            f"a batch of problem.{name} is (inputs, targets) with targets a tensor, but got "
+            f"{type(batch).__name__}."
+        )
+    return batch[0], batch[1]
+
+
+def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
+    model, (inputs, targets) = problem.model, batch
+    with evaluating(model), torch.no_grad():
+        try:
+            outputs = forward(model, inputs)
+        except Exception as error:
+            raise ValueError(
+                f"the model does not take a batch of problem.{name}: {error}"
+            ) from error
+        try:
+            value = float(problem.loss(outputs, targets.to(device_of(model))))
+        except Exception as error:
+            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(
+                f"the loss does not take the model's outputs ({shape}) with the targets "
+                f"({tuple(targets.shape)}) of problem.{name}: {error}"
+            ) from error
+    if value != value:
+        raise ValueError(f"the loss of the dense network on problem.{name} is not a number.")

@@ -1,0 +1,114 @@
+"""Evaluator: a plan in, metrics out. Knows neither samplers nor workers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from paretoprune.search.metrics import device_of, evaluate, to_device
+from paretoprune.search.problem import Batch, Problem
+from paretoprune.search.record import Completed, Failed, Outcome
+from paretoprune.surgery import PruningGraph, PruningPlan, Reconstructor, prune
+
+Evaluate = Callable[[PruningPlan, int], Mapping[str, float]]
+"""(plan, seed) -> metrics, among them every objective and `macs`; picklable, to reach workers."""
+
+
+def attempt(evaluate: Evaluate, plan: PruningPlan, seed: int) -> Outcome:
+    """Returns the outcome of an evaluation.
+
+    The only place where errors are caught: one candidate that goes wrong must not end the search.
+    """
+    start = time.perf_counter()
+    try:
+        metrics = evaluate(plan, seed)
+    except Exception as error:
+        return Failed(one_line(error))
+    wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if wrong:
+        return Failed(f"metrics must be finite, but got {wrong}.")
+    return Completed(metrics, time.perf_counter() - start)
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """Returns `model` on the GPU where there is one: itself if it is there, else a copy."""
+    if not torch.cuda.is_available() or device_of(model).type == "cuda":
+        return model
+    return copy.deepcopy(model).to("cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Batches on the device of a model; re-iterable.
+
+    Attributes:
+        batches: (inputs, targets) batches.
+        device: Where to.
+    """
+
+    batches: Iterable[Batch]
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, targets in self.batches:
+            yield to_device(inputs, self.device), targets.to(self.device)
+
+
+class Evaluator:
+    """Prunes, reconstructs without training and measures; one for each worker.
+
+    Args:
+        problem: The dense network and its data.
+        graph: Its graph.
+    """
+
+    def __init__(self, problem: Problem, graph: PruningGraph) -> None:
+        self._problem = problem
+        self._graph = graph
+        self._dense: tuple[nn.Module, Reconstructor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dense": None}  # every worker computes its dense side itself
+
+    def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
+        """Returns `loss` and, for a classifier, `accuracy` on the search split, `macs`, `params`.
+
+        Args:
+            plan: What to keep.
+            seed: Seed of torch's generators; the caller's are left as they were.
+        """
+        small = self.network(plan, seed)
+        measured = evaluate(small, self._problem.validation, self._problem.loss)
+        cost = self._graph.cost(plan)
+        return {**measured, "macs": cost.macs, "params": cost.params}
+
+    def network(self, plan: PruningPlan, seed: int) -> nn.Module:
+        """Returns the pruned and reconstructed network of a plan.
+
+        Args:
+            plan: What to keep.
+            seed: Seed of torch's generators; the caller's are left as they were.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model, reconstruct = self._dense or self._prepare()
+            return reconstruct(prune(model, self._graph, plan), plan)
+
+    def _prepare(self) -> tuple[nn.Module, Reconstructor]:
+        model = on_device(self._problem.model)
+        calibration = Moved(self._problem.calibration, device_of(model))
+        self._dense = model, Reconstructor(model, self._graph, calibration)
+        return self._dense
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the kind of an error and the first line of its message."""
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__

@@ -1,0 +1,150 @@
+"""Pareto fronts and hypervolume: pure functions of records.
+
+Everything below `ParetoFront` minimises: `minimised` is the one place where the sign of a
+maximised objective is flipped, and its reference point with it. Arrays of points have shape
+(n_points, n_objectives).
+
+Hypervolume for three and more objectives follows WFG: While, Bradstreet and Barone, "A fast way
+of calculating exact hypervolumes", IEEE Transactions on Evolutionary Computation 16(1), 2012.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paretoprune.search.problem import Direction, Objective
+from paretoprune.search.record import Completed, Record
+
+Points = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """The completed records that no other completed record dominates.
+
+    Attributes:
+        records: Sorted by MACs, most first. Of records that are equal in every objective the
+            earliest stands for all.
+        objectives: What the search optimises, in order.
+    """
+
+    records: tuple[Record, ...]
+    objectives: tuple[Objective, ...]
+
+    @staticmethod
+    def of(records: Iterable[Record], objectives: Sequence[Objective]) -> ParetoFront:
+        """Returns the front of `records`; those that are not completed take no part."""
+        completed = sorted(
+            (record for record in records if isinstance(record.outcome, Completed)),
+            key=lambda record: record.number,
+        )
+        points = _points(completed, objectives)
+        first = {tuple(point): index for index, point in reversed([*enumerate(points.tolist())])}
+        front = [
+            completed[i] for i in np.flatnonzero(non_dominated(points)) if i in first.values()
+        ]
+        front.sort(key=lambda record: (-_metrics(record)["macs"], record.number))
+        return ParetoFront(tuple(front), tuple(objectives))
+
+    @property
+    def hypervolume(self) -> float:
+        """The volume dominated up to the reference point; 0 for an empty front.
+
+        Every objective is in units of its reference (as it is where the reference is 0), so that
+        objectives with references above 0 that are minimised towards 0 give a number in [0, 1].
+        """
+        reference = np.array([_flip(o, o.reference) for o in self.objectives])
+        scale = np.where(reference == 0, 1.0, np.abs(reference))
+        return hypervolume(_points(self.records, self.objectives) / scale, reference / scale)
+
+    def best(self, max_macs: int | None = None) -> Record:
+        """Returns the record of the front that is best in the first objective.
+
+        Args:
+            max_macs: Only records with at most so many MACs; None takes all.
+
+        Raises:
+            ValueError: If there is no such record.
+        """
+        if not self.records:
+            raise ValueError("the front is empty: no trial has completed.")
+        fitting = [
+            record
+            for record in self.records
+            if max_macs is None or _metrics(record)["macs"] <= max_macs
+        ]
+        if not fitting:
+            smallest = int(_metrics(self.records[-1])["macs"])
+            raise ValueError(
+                f"no record of the front has at most {max_macs:,} MACs; the smallest has "
+                f"{smallest:,}."
+            )
+        objective = self.objectives[0]
+        return min(fitting, key=lambda record: _flip(objective, _metrics(record)[objective.name]))
+
+
+def _flip(objective: Objective, value: float) -> float:
+    """Returns `value` such that smaller is better."""
+    return value if objective.direction is Direction.MINIMIZE else -value
+
+
+def _metrics(record: Record) -> dict[str, float]:
+    """Returns the metrics of a completed record."""
+    if not isinstance(record.outcome, Completed):
+        raise TypeError(f"trial {record.number} has no metrics: {record.outcome}.")
+    return dict(record.outcome.metrics)
+
+
+def _points(records: Sequence[Record], objectives: Sequence[Objective]) -> Points:
+    """Returns what each record reached in each objective, smaller better."""
+    rows = [[_flip(o, _metrics(record)[o.name]) for o in objectives] for record in records]
+    return np.array(rows, dtype=np.float64).reshape(len(records), len(objectives))
+
+
+def non_dominated(points: Points) -> NDArray[np.bool_]:
+    """Returns which points no other point dominates, shape (n_points,); equal points all stay.
+
+    Args:
+        points: Shape (n_points, n_objectives), smaller is better.
+    """
+    stays = np.ones(len(points), dtype=np.bool_)
+    for index, point in enumerate(points):
+        dominating = (points <= point).all(1) & (points < point).any(1)
+        stays[index] = not dominating.any()
+    return stays
+
+
+def hypervolume(points: Points, reference: Points) -> float:
+    """Returns the exact volume that `points` dominate up to `reference`.
+
+    Args:
+        points: Shape (n_points, n_objectives), smaller is better. Points that are not better
+            than the reference in every objective add nothing.
+        reference: Shape (n_objectives,), finite.
+    """
+    inside = points[(points < reference).all(1)]
+    inside = np.unique(inside[non_dominated(inside)], axis=0)  # sorted by the first objective
+    return _volume(inside, reference)
+
+
+def _volume(points: Points, reference: Points) -> float:
+    """Returns the volume of points that lie inside the reference and are sorted by the first."""
+    if len(points) == 0:
+        return 0.0
+    if points.shape[1] == 2:
+        above = np.append(reference[1], np.minimum.accumulate(points[:, 1])[:-1])
+        heights = np.maximum(above - points[:, 1], 0.0)
+        return float(((reference[0] - points[:, 0]) * heights).sum())
+    return sum(_exclusive(points, index, reference) for index in range(len(points)))
+
+
+def _exclusive(points: Points, index: int, reference: Points) -> float:
+    """Returns the volume that `points[index]` dominates and no later point does (WFG, Fig. 4)."""
+    point = points[index]
+    limited = np.maximum(points[index + 1 :], point)
+    limited = np.unique(limited[non_dominated(limited)], axis=0)
+    return float(np.prod(reference - point)) - _volume(limited, reference)

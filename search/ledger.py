@@ -1,0 +1,92 @@
+"""Tasks and their ledger: what is to be evaluated, and what was, before anyone is told.
+
+A worker writes each outcome to the ledger before it returns it. If the driver is killed between
+the two, the next driver finds the outcome there, and the plan is not evaluated again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paretoprune.search.evaluation import Evaluate, attempt
+from paretoprune.search.record import Outcome, outcome_from_json, outcome_to_json
+from paretoprune.surgery import PruningPlan
+
+
+def key_of(plan: PruningPlan) -> str:
+    """Returns a name for a plan: equal plans, and only they, have equal names."""
+    text = json.dumps(plan.to_json(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A plan to evaluate.
+
+    Attributes:
+        plan: The plan.
+        seed: Seed of the evaluation.
+    """
+
+    plan: PruningPlan
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Name of the plan."""
+        return key_of(self.plan)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the task as plain values, for JSON."""
+        return {"plan": self.plan.to_json(), "seed": self.seed}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Task:
+        """Returns the task that `to_json` wrote."""
+        return Task(PruningPlan.from_json(data["plan"]), data["seed"])
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """A folder with one file per evaluated plan.
+
+    Attributes:
+        folder: Created when the first outcome is written.
+    """
+
+    folder: Path
+
+    def evaluate(self, evaluate: Evaluate, task: Task) -> Outcome:
+        """Returns the outcome of a task, from the ledger where it is there."""
+        known = self.read(task.key)
+        if known is not None:
+            return known
+        outcome = attempt(evaluate, task.plan, task.seed)
+        with suppress(OSError):  # a full or absent disk must not cost the evaluation itself
+            self.write(task.key, outcome)
+        return outcome
+
+    def read(self, key: str) -> Outcome | None:
+        """Returns the outcome of a plan; None if it is not there whole."""
+        try:
+            return outcome_from_json(json.loads((self.folder / f"{key}.json").read_text()))
+        except (OSError, ValueError):
+            return None
+
+    def write(self, key: str, outcome: Outcome) -> None:
+        """Writes an outcome whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f".{key}.{os.getpid()}"
+        try:
+            draft.write_text(json.dumps(outcome_to_json(outcome)))
+            draft.replace(self.folder / f"{key}.json")
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,138 @@
+"""prepare: everything that is known about a problem before its first trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from paretoprune.criteria import Criterion, target_macs
+from paretoprune.search.candidate import Candidate
+from paretoprune.search.evaluation import Moved, on_device
+from paretoprune.search.listener import SearchInfo
+from paretoprune.search.metrics import device_of, evaluate
+from paretoprune.search.objectives import chance_loss, objectives_of
+from paretoprune.search.problem import Problem
+from paretoprune.search.saliency import Saliencies, blocks_by_damage, saliencies
+from paretoprune.search.space import SearchSpace
+from paretoprune.surgery import Cost, PruningGraph, PruningPlan, trace
+
+if TYPE_CHECKING:  # the study imports optuna, which `import paretoprune.search` must not
+    from paretoprune.search.study import Study
+
+SALIENCIES = "saliency.safetensors"
+"""File of the saliencies in a run's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a search is asked for.
+
+    Attributes:
+        flops: Share of the dense MACs (float) or MACs (int) that a plan may keep at most.
+        trials: How many trials are to be finished.
+        criteria: By name.
+        objectives: Names of the metrics to optimise.
+    """
+
+    flops: float | int
+    trials: int
+    criteria: Mapping[str, Criterion]
+    objectives: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A problem with all that its trials need.
+
+    Attributes:
+        graph: The dense network's graph.
+        saliencies: Of every criterion.
+        space: What the sampler decides.
+        info: What listeners are told.
+    """
+
+    graph: PruningGraph
+    saliencies: Saliencies
+    space: SearchSpace
+    info: SearchInfo
+
+    def decode(self, candidate: Candidate) -> tuple[PruningPlan, Cost]:
+        """Returns the plan of a candidate and its cost.
+
+        Raises:
+            InfeasibleBudget: If there is none.
+        """
+        plan = self.space.decode(candidate, self.graph, self.saliencies)
+        return plan, self.graph.cost(plan)
+
+
+def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> Prepared:
+    """Traces and measures the dense network, or takes what an earlier driver measured.
+
+    Args:
+        problem: The dense network and its data.
+        request: What the search is asked for.
+        folder: Of the run; saliencies are kept there.
+        study: Notes what must stay the same over all drivers of the run.
+
+    Raises:
+        InfeasibleBudget: If no plan meets the target.
+        UnsupportedModel: If the network cannot be traced.
+        ValueError: If the study belongs to another search.
+    """
+    model = on_device(problem.model)
+    calibration = Moved(problem.calibration, device_of(model))
+    graph = trace(problem.model, problem.example_inputs)
+    target = target_macs(graph, request.flops)
+    scores = saliencies(request.criteria, model, graph, calibration, folder / SALIENCIES)
+    blocks = study.notes.get("blocks")
+    if blocks is None:
+        blocks = blocks_by_damage(model, graph, calibration, problem.loss)
+    space = SearchSpace.of(graph, scores, target, blocks)
+    noted = study.notes.get("search")
+    if noted is None:
+        info = _measure(problem, model, graph, space, request)
+    else:
+        _check_same(space, request, study)
+        info = SearchInfo.from_json(noted, tuple(study.records()))
+    info = replace(info, trials=request.trials)
+    study.note("blocks", list(blocks))
+    study.note("space", space.to_json())
+    study.note("search", info.to_json())
+    return Prepared(graph, scores, space, info)
+
+
+def _measure(
+    problem: Problem, model: nn.Module, graph: PruningGraph, space: SearchSpace, request: Request
+) -> SearchInfo:
+    metrics = evaluate(model, problem.validation, problem.loss)
+    chance = chance_loss(model, next(iter(problem.validation)), problem.loss)
+    return SearchInfo(
+        problem=problem.name,
+        dense=graph.cost(),
+        metrics=metrics,
+        target=space.target,
+        trials=request.trials,
+        objectives=objectives_of(request.objectives, graph.cost(), metrics, chance),
+        criteria=space.criteria,
+        sizes={group.name: group.size for group in graph.open_groups},
+        blocks={block.name: block.groups for block in graph.blocks.values()},
+    )
+
+
+def _check_same(space: SearchSpace, request: Request, study: Study) -> None:
+    """Verifies that a resumed run searches what it searched before."""
+    before, now = study.notes["space"], space.to_json()
+    names = [item["name"] for item in study.notes["search"]["objectives"]]
+    changed = [key for key in now if now[key] != before.get(key)]
+    if names != list(request.objectives):
+        changed.append("objectives")
+    if changed:
+        raise ValueError(
+            f"this run holds a search with other settings ({', '.join(changed)} differ); start a "
+            f"new run, or resume it with the same network, target, criteria and objectives."
+        )

@@ -1,0 +1,269 @@
+"""SearchSpace: what a sampler decides, where it begins, and how a decision becomes a plan.
+
+A sampler decides a shape, never a size: the criterion, one of a few budgets, a base allocation,
+how far each group departs from it, and how many blocks go. The budget solver turns the shape into
+a plan on budget.
+
+Two choices keep the space small enough for a hundred trials. Groups beyond `MOST_OFFSETS` share
+the offset of the module they lie in. And blocks are not one boolean each, of which a sampler that
+knows nothing would set half: blocks are ranked once by the measured damage of removing each alone,
+and a sampler decides how many of that ranking go and by how much single blocks move in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from paretoprune.criteria import select, smallest_macs
+from paretoprune.search.candidate import Candidate
+from paretoprune.surgery import PruningGraph, PruningPlan
+
+LEVELS = (1.0, 0.85, 0.7, 0.55)
+"""Budgets of the search as shares of its target; below the target so that a front appears."""
+MOST_OFFSETS = 40
+"""Most offsets of one kind; more groups share theirs, more blocks have none."""
+OFFSET = 0.3
+"""Offsets lie in [-OFFSET, OFFSET], in quantiles of the base allocation."""
+SHIFT = 0.25
+"""A block moves by at most this share of the ranking."""
+_NEGLIGIBLE = 0.001  # a group that frees less of the dense MACs gets no offset
+_BLOCK_SEEDS = (1, 2, 4)
+
+
+class Suggester(Protocol):
+    """Decides parameters one at a time; an Optuna trial is one."""
+
+    def suggest_float(self, name: str, low: float, high: float) -> float:
+        """Returns a value in [low, high]."""
+        ...
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """Returns a value in [low, high]."""
+        ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Returns one of `choices`."""
+        ...
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What the sampler of one search decides.
+
+    Attributes:
+        criteria: Names of the criteria that may rank units.
+        target: Most MACs that a plan may have.
+        dense: MACs of the dense network.
+        levels: Budgets as shares of the target.
+        ties: The offset that each group takes, by group name; several groups may share one.
+        blocks: Removable blocks, the one whose removal does least damage per MAC first.
+        most_removed: Most blocks that a sampler removes.
+    """
+
+    criteria: tuple[str, ...]
+    target: int
+    dense: int
+    levels: tuple[float, ...]
+    ties: Mapping[str, str]
+    blocks: tuple[str, ...]
+    most_removed: int
+
+    @staticmethod
+    def of(
+        graph: PruningGraph,
+        saliencies: Mapping[str, Mapping[str, Tensor]],
+        target: int,
+        blocks: Sequence[str],
+    ) -> SearchSpace:
+        """Returns the space for a network.
+
+        Args:
+            graph: The dense network's graph.
+            saliencies: By criterion, by group; shape (group.size,).
+            target: Most MACs that a plan may have.
+            blocks: All removable blocks, least damage first.
+
+        Raises:
+            InfeasibleBudget: If no plan meets the target; names the smallest reachable MACs.
+        """
+        smallest = smallest_macs(graph, tuple(blocks))
+        if smallest > target:  # raises, with the reachable minimum in its message
+            select(graph, next(iter(saliencies.values())), budget=target, removed=tuple(blocks))
+        return SearchSpace(
+            criteria=tuple(saliencies),
+            target=target,
+            dense=graph.cost().macs,
+            levels=tuple(level for level in LEVELS if int(level * target) >= smallest),
+            ties=_ties(_groups_that_matter(graph)),
+            blocks=tuple(blocks),
+            most_removed=_most_removed(graph, blocks, target),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the space as plain values: two searches with equal ones can share a study."""
+        return {**vars(self), "ties": dict(self.ties)} | {
+            name: list(getattr(self, name)) for name in ("criteria", "levels", "blocks")
+        }
+
+    def suggest(self, trial: Suggester) -> Candidate:
+        """Returns the candidate that `trial` decides."""
+        criterion = trial.suggest_categorical("criterion", self.criteria)
+        level = trial.suggest_categorical("budget", self.levels)
+        allocation: Literal["global", "uniform"] = trial.suggest_categorical(
+            "allocation", ("global", "uniform")
+        )
+        tied = {
+            tie: trial.suggest_float(f"offset/{tie}", -OFFSET, OFFSET)
+            for tie in dict.fromkeys(self.ties.values())
+        }
+        return Candidate(
+            criterion=criterion,
+            budget=self._budget(level),
+            allocation=allocation,
+            offsets={group: tied[tie] for group, tie in self.ties.items()},
+            removed=self._suggest_removed(trial),
+        )
+
+    def _suggest_removed(self, trial: Suggester) -> tuple[str, ...]:
+        if not self.most_removed:
+            return ()
+        count = trial.suggest_int("blocks", 0, self.most_removed)
+        shifts = {
+            block: trial.suggest_float(f"block/{block}", -SHIFT, SHIFT)
+            for block in self._movable()
+        }
+        rank = {block: index / len(self.blocks) for index, block in enumerate(self.blocks)}
+        order = sorted(self.blocks, key=lambda block: rank[block] + shifts.get(block, 0.0))
+        return tuple(order[:count])
+
+    def _movable(self) -> tuple[str, ...]:
+        return self.blocks if 1 < len(self.blocks) <= MOST_OFFSETS else ()
+
+    def seeds(self, trials: int) -> list[dict[str, Any]]:
+        """Returns the parameters of the trials that a search begins with.
+
+        What the field knows: every criterion's one-shot global allocation and the uniform one at
+        the target, then at lower budgets, then the first blocks of the ranking removed. About a
+        third of the trials, but every criterion's global allocation at the target is there when
+        there are trials enough.
+
+        Args:
+            trials: How many trials the search has.
+        """
+        shots = [
+            self._parameters(criterion, level, allocation)
+            for level in self.levels
+            for allocation in ("global", "uniform")
+            for criterion in self.criteria
+        ]
+        shots.extend(
+            self._parameters(self.criteria[0], 1.0, "global", count)
+            for count in _BLOCK_SEEDS
+            if count <= self.most_removed
+        )
+        most = min(trials, max(len(self.criteria), round(trials / 3)))
+        return shots[:most]
+
+    def fixed(self, trials: int) -> list[dict[str, Any]]:
+        """Returns what is fixed in the trials after the seeds: every second is at the target.
+
+        The target is what the user asked for; left to itself a sampler spreads its trials evenly
+        over the budgets.
+
+        Args:
+            trials: How many trials the search has.
+        """
+        rest = max(0, trials - len(self.seeds(trials)))
+        return [{} if index % 2 else {"budget": self.levels[0]} for index in range(rest)]
+
+    def decode(
+        self,
+        candidate: Candidate,
+        graph: PruningGraph,
+        saliencies: Mapping[str, Mapping[str, Tensor]],
+    ) -> PruningPlan:
+        """Returns the plan on budget that a candidate stands for.
+
+        Where the blocks that it removes alone undercut the budget, the last of them stay; where
+        the budget cannot be reached otherwise, the next ones of the ranking go too.
+
+        Raises:
+            InfeasibleBudget: If there is none.
+        """
+        target = round(candidate.budget * self.dense)
+        removed = self._repaired(graph, candidate.removed, target)
+        return select(
+            graph,
+            saliencies[candidate.criterion],
+            budget=target,
+            removed=removed,
+            allocation="uniform" if candidate.allocation == "uniform" else "global",
+            offsets=candidate.offsets,
+        )
+
+    def _repaired(
+        self, graph: PruningGraph, removed: Sequence[str], target: int
+    ) -> tuple[str, ...]:
+        chosen = list(removed)
+        while chosen and _without(graph, chosen) <= 0.99 * target:
+            chosen.pop()
+        others = [block for block in self.blocks if block not in chosen]
+        while others and smallest_macs(graph, tuple(chosen)) > target:
+            chosen.append(others.pop(0))
+        return tuple(chosen)
+
+    def _budget(self, level: float) -> float:
+        return int(level * self.target) / self.dense
+
+    def _parameters(
+        self, criterion: str, level: float, allocation: str, removed: int = 0
+    ) -> dict[str, Any]:
+        """Returns all parameters of a candidate that departs from no base allocation."""
+        parameters: dict[str, Any] = {
+            "criterion": criterion,
+            "budget": level,
+            "allocation": allocation,
+            **{f"offset/{tie}": 0.0 for tie in dict.fromkeys(self.ties.values())},
+        }
+        if self.most_removed:
+            parameters["blocks"] = removed
+            parameters.update({f"block/{block}": 0.0 for block in self._movable()})
+        return parameters
+
+
+def _without(graph: PruningGraph, removed: Sequence[str]) -> int:
+    """Returns the MACs of the dense network without some blocks."""
+    return graph.cost(PruningPlan(removed=tuple(removed))).macs
+
+
+def _groups_that_matter(graph: PruningGraph) -> list[str]:
+    """Returns the groups whose pruning frees a share of the MACs worth deciding about."""
+    dense = graph.cost().macs
+    return [
+        group.name
+        for group in graph.open_groups
+        if group.size > 1
+        and dense - graph.cost(PruningPlan({group.name: (0,)})).macs > _NEGLIGIBLE * dense
+    ]
+
+
+def _ties(groups: Sequence[str]) -> dict[str, str]:
+    """Returns the name of each group's offset: its own, or its module's where there are many."""
+    ties = {group: group for group in groups}
+    depth = max((group.count(".") for group in groups), default=0)
+    while len(set(ties.values())) > MOST_OFFSETS and depth >= 0:
+        ties = {group: ".".join(group.split(".")[:-1][:depth]) for group in groups}
+        depth -= 1
+    return ties
+
+
+def _most_removed(graph: PruningGraph, blocks: Sequence[str], target: int) -> int:
+    """Returns how many blocks of the ranking can go while the target still takes units."""
+    count = 0
+    while count < len(blocks) and _without(graph, blocks[: count + 1]) > target:
+        count += 1
+    return count

@@ -1,0 +1,300 @@
+"""Study: the one truth of a search, kept by Optuna. The only file that imports optuna.
+
+Every trial is in the study's storage with its decision, plan, cost, outcome and origin, so that
+records are rebuilt from it alone. A trial that a dead driver left behind is asked again under its
+own number. The sampler is seeded afresh for every trial, from the search's seed and the trial's
+number: with one worker a search that was killed and resumed decides what an uninterrupted one
+would have decided.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.samplers import (
+    BaseSampler,
+    GPSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from paretoprune.search.candidate import Candidate
+from paretoprune.search.journal import JournalFile
+from paretoprune.search.objectives import MEASURED
+from paretoprune.search.record import (
+    SAMPLER,
+    SEED,
+    Completed,
+    Failed,
+    Infeasible,
+    Record,
+    outcome_from_json,
+    outcome_to_json,
+)
+from paretoprune.search.space import Suggester
+from paretoprune.surgery import Cost, PruningPlan
+
+_NAME = "paretoprune"
+_TOLD = 6  # op code of Optuna's journal for a change of a trial's state
+_SEEDED = "seeded"
+
+
+def _population(trials: int) -> int:
+    """Returns a population size that leaves an evolutionary sampler about ten generations."""
+    return max(4, min(50, trials // 10))
+
+
+_SAMPLERS: Mapping[str, Callable[[int, int], BaseSampler]] = MappingProxyType(
+    {
+        "tpe": lambda seed, trials: TPESampler(seed=seed, multivariate=True),
+        "nsga2": lambda seed, trials: NSGAIISampler(
+            seed=seed, population_size=_population(trials)
+        ),
+        "nsga3": lambda seed, trials: NSGAIIISampler(
+            seed=seed, population_size=_population(trials)
+        ),
+        "gp": lambda seed, trials: GPSampler(seed=seed, warn_independent_sampling=False),
+        "random": lambda seed, trials: RandomSampler(seed=seed),
+    }
+)
+
+
+class _Backend(JournalFile, BaseJournalBackend):
+    """A `JournalFile` as Optuna's storage calls it; durable where a trial ends."""
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        return self.read(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.append(logs, durable=any(log["op_code"] == _TOLD for log in logs))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Optuna's notices, which are for its own users, off the terminal."""
+    logger = logging.getLogger("optuna")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class AskedTrial:
+    """A trial that waits for its outcome.
+
+    Attributes:
+        number: Its number, from 0.
+        origin: `seed` or `sampler`.
+        suggester: Decides parameters.
+    """
+
+    number: int
+    origin: str
+    suggester: Suggester
+
+
+class Study:
+    """The trials of one search, asked and told one at a time.
+
+    Args:
+        storage: Path of a journal file, or URL of a database as Optuna takes it.
+        objectives: Names of the metrics to optimise, keys of `MEASURED`.
+        sampler: One of `SAMPLERS`.
+        seed: Seed of every decision.
+        trials: How many trials the search is to have.
+
+    Raises:
+        RunLocked: If another process writes to the journal.
+    """
+
+    def __init__(
+        self,
+        storage: Path | str,
+        objectives: Sequence[str],
+        *,
+        sampler: str,
+        seed: int,
+        trials: int,
+    ) -> None:
+        self._objectives = tuple(objectives)
+        self._sampler = (sampler, seed, trials)
+        self._limit = 0
+        self._storage, self._close = _open_storage(storage)
+        with _quiet():
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=_NAME,
+                directions=[MEASURED[name][0].value for name in objectives],
+                load_if_exists=True,
+            )
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._left_behind = list(running)
+        self._asked: dict[int, optuna.Trial] = {}
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What was noted about the search as a whole."""
+        return self._study.user_attrs
+
+    def note(self, key: str, value: Any) -> None:
+        """Notes a JSON value about the search as a whole."""
+        self._study.set_user_attr(key, value)
+
+    def records(self) -> list[Record]:
+        """Returns the record of every finished trial, in the order of their numbers."""
+        return _records(self._study)
+
+    def begin(
+        self,
+        seeds: Sequence[Mapping[str, Any]],
+        limit: int,
+        fixed: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Makes the study ready to be asked.
+
+        Args:
+            seeds: Parameters of the trials that come before all others; ignored if the study has
+                them already.
+            limit: The constraint: the most MACs that a plan may have.
+            fixed: For the trials after the seeds, the parameters that the sampler may not decide.
+        """
+        self._limit = limit
+        if self.notes.get(_SEEDED):
+            return
+        there = len(self._study.get_trials(deepcopy=False))  # a kill may have cut this loop short
+        queue = [(SEED, seed) for seed in seeds] + [(SAMPLER, part) for part in fixed]
+        for origin, parameters in queue[there:]:
+            self._study.enqueue_trial(dict(parameters), user_attrs={"origin": origin})
+        self.note(_SEEDED, True)
+
+    def ask(self) -> AskedTrial:
+        """Returns the next trial: one that a dead driver left behind, a seed, or a new one."""
+        if self._left_behind:
+            frozen = self._left_behind.pop(0)
+            trial = optuna.Trial(self._study, frozen._trial_id)
+        else:
+            trial = self._study.ask()
+        self._study.sampler = self._sampler_for(trial.number)
+        self._asked[trial.number] = trial
+        origin = trial.user_attrs.get("origin", SAMPLER)
+        if origin == SEED and isinstance(self._study.sampler, (NSGAIISampler, NSGAIIISampler)):
+            _ = trial.relative_params  # enters the seed into the population of its generation
+        return AskedTrial(trial.number, origin, trial)
+
+    def _sampler_for(self, number: int) -> BaseSampler:
+        name, seed, trials = self._sampler
+        state = np.random.SeedSequence([seed, number]).generate_state(1)
+        with _quiet():
+            return _SAMPLERS[name](int(state[0]), trials)
+
+    def tell(self, record: Record) -> None:
+        """Stores what became of an asked trial; after return no kill loses it."""
+        trial = self._asked.pop(record.number)
+        for key, value in _attributes(record).items():
+            trial.set_user_attr(key, value)
+        match record.outcome:
+            case Completed(metrics=metrics):
+                self._constrain(trial, metrics["macs"] - self._limit)
+                self._study.tell(trial, [metrics[name] for name in self._objectives])
+            case Failed():
+                self._study.tell(trial, state=TrialState.FAIL)
+            case Infeasible():  # PRUNED is how Optuna keeps a trial that has no values
+                self._constrain(trial, float(self._limit))
+                self._study.tell(trial, state=TrialState.PRUNED)
+
+    def _constrain(self, trial: optuna.Trial, violation: float) -> None:
+        """Sets the constraint, unless a driver that died before it could tell has done so."""
+        if "macs" not in trial.constraints:
+            trial.set_constraint("macs", violation)
+
+    def close(self) -> None:
+        """Gives the storage free for another process."""
+        self._close()
+
+
+def read_study(storage: Path | str) -> tuple[list[Record], Mapping[str, Any]]:
+    """Returns the records and notes of a search, which may be running in another process.
+
+    Args:
+        storage: Path of its journal file, or URL of its database.
+
+    Raises:
+        FileNotFoundError: If the journal file does not exist.
+    """
+    opened, close = _open_storage(storage, read_only=True)
+    try:
+        with _quiet():
+            study = optuna.load_study(study_name=_NAME, storage=opened)
+        return _records(study), study.user_attrs
+    except KeyError:  # the driver has only just begun
+        return [], {}
+    finally:
+        close()
+
+
+def _open_storage(
+    storage: Path | str, *, read_only: bool = False
+) -> tuple[BaseStorage, Callable[[], None]]:
+    """Returns the storage and what closes it."""
+    if isinstance(storage, Path):
+        backend = _Backend(storage, read_only=read_only)
+        try:
+            return JournalStorage(backend), backend.close
+        except BaseException:
+            backend.close()
+            raise
+    with _quiet():
+        database = optuna.storages.get_storage(storage)
+    return database, database.remove_session
+
+
+def _records(study: optuna.Study) -> list[Record]:
+    states = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
+    return [_record(trial) for trial in study.get_trials(deepcopy=False, states=states)]
+
+
+def _attributes(record: Record) -> dict[str, Any]:
+    """Returns a record as user attributes; JSON strings where Optuna would copy deep values."""
+    return {
+        "candidate": json.dumps(record.candidate.to_json()),
+        "plan": None if record.plan is None else json.dumps(record.plan.to_json()),
+        "cost": None
+        if record.cost is None
+        else {"macs": record.cost.macs, "params": record.cost.params},
+        "origin": record.origin,
+        **outcome_to_json(record.outcome),
+    }
+
+
+def _record(trial: FrozenTrial) -> Record:
+    """Returns the record whose `_attributes` a trial has."""
+    attributes = trial.user_attrs
+    plan, cost = attributes["plan"], attributes["cost"]
+    return Record(
+        number=trial.number,
+        candidate=Candidate.from_json(json.loads(attributes["candidate"])),
+        plan=None if plan is None else PruningPlan.from_json(json.loads(plan)),
+        cost=None if cost is None else Cost(**cost),
+        outcome=outcome_from_json(attributes),
+        origin=attributes["origin"],
+    )

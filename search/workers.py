@@ -1,0 +1,273 @@
+"""RayWorkers: evaluations on the cores, GPUs or nodes of a Ray cluster. The only file with ray.
+
+Ray Tune places the evaluations, keeps its actors for the next one and starts a new actor where one
+died. It decides nothing and stores nothing: the study is the one truth, and Tune's own state is
+thrown away. Ctrl-C ends a run at once, without waiting for evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import torch
+from ray import cloudpickle, tune
+from ray.exceptions import RayActorError
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher as TuneSearcher
+
+from paretoprune.search.evaluation import Evaluate, one_line
+from paretoprune.search.ledger import Ledger, Task
+from paretoprune.search.record import Failed, outcome_from_json, outcome_to_json
+from paretoprune.search.searcher import Searcher
+
+T = TypeVar("T")
+
+_TOKEN = Path.home() / ".ray" / "auth_token"
+_RETRIES = 2  # of an evaluation whose worker died
+_PER_GPU = 4  # workers that share a GPU by default
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and tensorboard file per trial
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # Tune's snapshots are never read
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # its graceful end would wait for evaluations
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are outcomes, told in one line
+    "RAY_AIR_NEW_OUTPUT": "0",  # progress is the listeners' business
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a problem may name its data by relative paths
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RayWorkers:
+    """An `Executor` that evaluates in parallel on Ray Tune.
+
+    Attributes:
+        workers: Evaluations at a time; None takes one per core of the cluster, or where it has
+            GPUs up to four per GPU.
+        address: Of a running cluster; None starts Ray on this machine. A connection that the
+            caller has is used as it is.
+    """
+
+    workers: int | None = None
+    address: str | None = None
+
+    def __call__(self, searcher: Searcher, evaluate: Evaluate, ledger: Ledger) -> None:
+        """Runs the tasks of `searcher`; see `Executor`.
+
+        Raises:
+            RuntimeError: If the workers cannot start.
+        """
+        with (
+            _quiet_tune(),
+            _connection(self.address, self.workers),
+            tempfile.TemporaryDirectory(
+                prefix="paretoprune-", ignore_cleanup_errors=True
+            ) as scratch,
+        ):
+            share = _share(self.workers)
+            search = _TuneSearch(searcher, share.workers)
+            with search.own_errors():
+                tune.run(
+                    tune.with_parameters(
+                        _Worker, evaluate=evaluate, ledger=ledger, threads=share.cores
+                    ),
+                    name="search",
+                    search_alg=search,
+                    num_samples=-1,
+                    resources_per_trial={"cpu": share.cores, "gpu": share.gpus},
+                    reuse_actors=True,
+                    max_failures=_RETRIES,
+                    raise_on_failed_trial=False,
+                    storage_path=scratch,
+                    verbose=0,
+                    callbacks=[_Failures(search)],
+                    trial_dirname_creator=lambda trial: str(trial.trial_id),
+                    _remote=False,  # the study stays in this process, under a Ray client too
+                )
+
+
+class _Worker(tune.Trainable):
+    """One actor; evaluates a task per trial and is reused for the next."""
+
+    def setup(self, config: dict[str, Any], **parameters: Any) -> None:
+        torch.set_num_threads(parameters["threads"])
+        self._evaluate: Evaluate = parameters["evaluate"]
+        self._ledger: Ledger = parameters["ledger"]
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._task = Task.from_json(json.loads(new_config["task"]))
+        return True
+
+    def step(self) -> dict[str, Any]:
+        outcome = self._ledger.evaluate(self._evaluate, self._task)
+        return {"outcome": json.dumps(outcome_to_json(outcome)), "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing to save: an evaluation is one step."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing to load."""
+
+
+class _TuneSearch(TuneSearcher):
+    """Hands tasks to Tune and outcomes back.
+
+    Args:
+        searcher: What Tune works for.
+        workers: Tasks at a time; Tune itself would ask far ahead.
+    """
+
+    def __init__(self, searcher: Searcher, workers: int) -> None:
+        super().__init__()
+        self._searcher = searcher
+        self._workers = workers
+        self._running: dict[str, Task] = {}
+        self._failures: dict[str, str] = {}
+        self._error: BaseException | None = None
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._searcher.done:
+            return self.FINISHED
+        if len(self._running) >= self._workers:
+            return None
+        task = self._own(self._searcher.next)
+        if task is None:
+            return self.FINISHED if self._searcher.done else None
+        self._running[trial_id] = task
+        return {"task": json.dumps(task.to_json())}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        task = self._running.pop(trial_id, None)
+        if task is None:
+            return
+        if result is not None and "outcome" in result:
+            outcome = outcome_from_json(json.loads(result["outcome"]))
+        elif error:
+            reason = self._failures.get(trial_id, "out of memory, perhaps")
+            outcome = Failed(f"its worker died {_RETRIES + 1} times: {reason}")
+        else:
+            return  # stopped unfinished: the trial stays open, and a resumed search asks it again
+        self._own(lambda: self._searcher.tell(task, outcome))
+
+    def failed(self, trial: Trial) -> None:
+        """Keeps why a worker died; Tune tells a searcher only that it did."""
+        file = trial.pickled_error_file
+        if file is None:
+            return
+        error = cloudpickle.loads(Path(file).read_bytes())
+        self._failures[trial.trial_id] = one_line(error)
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            reason = str(error).strip().splitlines()[-1]  # where Ray puts what the actor raised
+            self._error = RuntimeError(f"the workers cannot start: {reason}")
+            raise self._error
+
+    def _own(self, step: Callable[[], T]) -> T:
+        """Returns what a step of our own returns; keeps its error, which Tune would wrap."""
+        try:
+            return step()
+        except Exception as error:
+            self._error = error
+            raise
+
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """Raises the error of a step of our own instead of what Tune made of it."""
+        try:
+            yield
+        except Exception:
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the study has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class _Failures(tune.Callback):
+    """Tells the search why a worker died."""
+
+    def __init__(self, search: _TuneSearch) -> None:
+        self._search = search
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._search.failed(trial)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What each worker gets: cores (= torch threads) and a fraction of a GPU."""
+
+    workers: int
+    cores: int
+    gpus: float
+
+
+def _share(workers: int | None) -> _Share:
+    """Returns the share of the cluster that each worker gets."""
+    resources = ray.cluster_resources()
+    cores, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
+    workers = workers or max(1, min(cores, int(gpus) * _PER_GPU) if gpus else cores)
+    largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    per_gpu = math.ceil(workers / gpus) if gpus else 0
+    fraction = math.floor(10_000 / per_gpu) / 10_000 if per_gpu else 0.0  # Ray's resolution
+    return _Share(workers, min(max(1, cores // workers), largest), fraction)
+
+
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Configures Tune by the variables that it reads, and its logger, for the time of a run."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _connection(address: str | None, workers: int | None) -> Iterator[None]:
+    """Connects to Ray and leaves it again, unless the caller is connected already."""
+    if ray.is_initialized():
+        yield
+        return
+    if address is None:  # "local" always: a bare init attaches to whatever cluster ran here last
+        cores = len(os.sched_getaffinity(0))
+        ray.init(
+            address="local",
+            num_cpus=max(cores, workers or 0),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        if _TOKEN.exists():  # the cluster asks for it, and a client does not offer it
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,259 @@
+"""The command line: quick help with examples, and bad input is said in one sentence."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from paretoprune.experiments.__main__ import app, main
+from paretoprune.experiments.models import digits_resnet
+from paretoprune.experiments.runs import RunSpec, create_run
+from paretoprune.experiments.server import front_link, tracked, view_link
+
+COMMANDS = ("inspect", "search", "resume", "front", "ui", "export", "criteria")
+MODULE = """
+import torch
+from torch import nn
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        if x.sum() > 0:
+            x = -x
+        return self.linear(x.flatten(1))
+
+def stubborn():
+    return Stubborn()
+
+def large():
+    batches = [(torch.zeros(50, 3, 32, 32), torch.arange(50) % 10) for _ in range(8)]
+    return batches, batches
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with weights, a module of somebody's own, and one run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delenv("PARETOPRUNE_DATA", raising=False)
+    state = digits_resnet().state_dict()
+    save_file(state, "digits.safetensors")
+    save_file({f"module.{name}": value for name, value in state.items()}, "other.safetensors")
+    Path("somebodys_own.py").write_text(textwrap.dedent(MODULE))
+    Path("notes").mkdir()
+    create_run(Path("runs"), "taken", RunSpec("digits", 0.5, 3, ("l2",)))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _forget_modules() -> None:
+    """Every test writes the module of somebody's own anew."""
+    sys.modules.pop("somebodys_own", None)
+
+
+SEARCH = ("search", "digits", "--weights", "digits.safetensors", "--quiet")
+BAD: dict[str, tuple[Sequence[str], str]] = {
+    "an unknown recipe": (["search", "digts", "--flops", "50%"], "did you mean digits?"),
+    "an unknown network": (
+        ["search", "torchvision:resnet51", "--flops", "50%", "--data", "digits"],
+        "unknown torchvision model 'resnet51'",
+    ),
+    "an unknown function": (
+        ["search", "somebodys_own:nix", "--flops", "50%", "--data", "digits"],
+        "has no function 'nix'",
+    ),
+    "a network without data": (["search", "torchvision:resnet18", "--flops", "9%"], "needs data"),
+    "missing weights": (
+        ["search", "digits", "--flops", "50%", "--weights", "nix.pt"],
+        "'nix.pt' are not a file",
+    ),
+    "weights of another network": (
+        ["search", "digits", "--flops", "50%", "--weights", "other.safetensors"],
+        "does not fit ResNet: it lacks",
+    ),
+    "missing data": ([*SEARCH, "--flops", "50%", "--data", "imagefolder:nix"], "nix"),
+    "data of another shape": (
+        [*SEARCH, "--flops", "50%", "--data", "somebodys_own:large"],
+        "to have 1 channels",
+    ),
+    "a recipe without its data": (["search", "resnet56-cifar10", "--flops", "50%"], "--data"),
+    "a target without unit": ([*SEARCH, "--flops", "0.5"], "write 0.5%"),
+    "a target above all": ([*SEARCH, "--flops", "150%"], "at most at 100%"),
+    "no target": (["search", "digits"], "Missing option '--flops'"),
+    "a target that cannot be reached": ([*SEARCH, "--flops", "0.1%"], "smallest reachable"),
+    "a target above the dense network": ([*SEARCH, "--flops", "60M"], "357360"),
+    "no trials": ([*SEARCH, "--flops", "50%", "--trials", "0"], "--trials must be"),
+    "trials that are no number": ([*SEARCH, "--flops", "50%", "--trials", "x"], "'--trials'"),
+    "an unknown criterion": (
+        [*SEARCH, "--flops", "50%", "--criteria", "l2,tailor"],
+        "unknown criterion 'tailor'; available: ",
+    ),
+    "an unknown sampler": (
+        [*SEARCH, "--flops", "50%", "--sampler", "best"],
+        "unknown sampler 'best'; available: tpe",
+    ),
+    "workers below none": ([*SEARCH, "--flops", "50%", "--workers", "-1"], "--workers must be"),
+    "a network that cannot be traced": (
+        ["search", "somebodys_own:stubborn", "--flops", "50%", "--data", "digits", "--quiet"],
+        "",
+    ),
+    "an occupied run name": ([*SEARCH, "--flops", "50%", "--run", "taken"], "resume taken"),
+    "a run name with a slash": ([*SEARCH, "--flops", "50%", "--run", "a/b"], "a run name has"),
+    "an unknown command": (["serach"], "No such command 'serach'"),
+    "resuming an unknown run": (["resume", "nix"], "there are: taken"),
+    "the front of an unknown run": (["front", "nix"], "there are: taken"),
+    "the front of a run that never began": (["front", "taken"], "holds no search"),
+    "the front in another format": (["front", "taken", "--format", "yaml"], "'yaml'"),
+    "exporting an unknown run": (["export", "nix", "--to", "x"], "there are: taken"),
+    "exporting into a folder that exists": (
+        ["export", "taken", "--to", "notes"],
+        "exists already",
+    ),
+    "exporting in an unknown format": (
+        ["export", "taken", "--to", "x", "--format", "onnx"],
+        "available: safetensors",
+    ),
+    "inspecting what is nothing": (["inspect", "nix"], "unknown recipe 'nix'"),
+    "showing a run that MLflow does not have": (["ui", "taken"], "paretoprune resume taken"),
+    "showing runs where there are none": (["ui", "--runs-dir", "notes"], "holds no run"),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, said = BAD[case]
+    before = sorted(Path("runs").rglob("*"))
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    *progress, last = captured.err.splitlines()
+    assert last.startswith("error: ")
+    assert said in last
+    assert all(line.startswith(("Preparing ", "Tracing ", "  ")) for line in progress)
+    assert captured.out == ""
+    assert sorted(Path("runs").rglob("*")) == before, "something half-made was left"
+    assert not Path("x").exists()
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr("paretoprune.experiments.commands.front", broken)
+    with pytest.raises(KeyError):
+        main(["front", "x"])
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paretoprune.experiments.commands.front", interrupted)
+    assert main(["front", "x"]) == 130
+
+
+def test_help_is_quick_and_has_an_example_for_every_command() -> None:
+    code = textwrap.dedent(
+        f"""
+        import sys
+        from paretoprune.experiments.__main__ import main
+        for command in {COMMANDS}:
+            assert main([command, "--help"]) == 0
+        heavy = {{"torch", "ray", "mlflow", "optuna", "numpy", "matplotlib"}} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"Example: paretoprune {command}" in done.stdout
+    assert {
+        command.callback.__name__ for command in app.registered_commands if command.callback
+    } == {*COMMANDS}
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "inspect" in captured.out + captured.err
+    assert "error" not in captured.err
+
+
+@pytest.mark.usefixtures("here")
+def test_inspect_shows_groups_blocks_and_what_is_frozen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["inspect", "digits", "--weights", "digits.safetensors"]) == 0
+    text = capsys.readouterr().out
+    assert "357.4 k MACs (the papers' FLOPs" in text
+    assert "layer1.0.conv1" in text
+    assert "reaches the model's output" in text
+    assert "9 prunable groups with 120 units, 4 removable blocks, 1 frozen group." in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.usefixtures("here")
+def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "digits", "--weights", "digits.safetensors", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["macs"] == 357_360
+    first = facts["groups"][0]
+    assert first["name"] == "conv1"
+    assert 0 < first["half_frees"] < 1
+    assert "conv1.weight" in first["parameters"]
+    assert {group["name"] for group in facts["groups"] if group["frozen"]} == {"linear"}
+    assert next(block["name"] for block in facts["blocks"]) == "layer1.0"
+
+
+def test_a_library_network_is_inspected_without_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.random.fork_rng():
+        assert main(["inspect", "torchvision:squeezenet1_1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["params"] == 1_235_496
+
+
+def test_criteria_name_their_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["criteria"]) == 0
+    text = capsys.readouterr().out
+    assert "taylor" in text
+    assert "arXiv:" in text
+
+
+@pytest.mark.usefixtures("here")
+def test_the_ui_needs_a_free_port(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/taken/mlflow.json").write_text(
+        json.dumps({"uri": "sqlite:///x.db", "experiment": "1", "run": "abc"})
+    )
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["ui", "--port", str(port)]) == 2
+    assert f"port {port} is in use; choose another with --port" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_server_that_is_there_is_only_pointed_at(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/taken/mlflow.json").write_text(
+        json.dumps({"uri": "http://server:5000", "experiment": "1", "run": "abc"})
+    )
+    found = tracked(Path("runs"), None)
+    assert main(["ui"]) == 0
+    text = capsys.readouterr().out
+    assert front_link("http://server:5000", "1", "abc") in text
+    assert view_link("http://server:5000", "1", found.search_id) in text
+    assert "workflowType=machine_learning" in text

@@ -1,0 +1,189 @@
+"""An export is the record's network, or it is not there at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from paretoprune.experiments import export as exporting
+from paretoprune.experiments.counting import thop_macs
+from paretoprune.experiments.export import check_formats, export, verdict
+from paretoprune.experiments.latency import Latency, measure_latency
+from paretoprune.experiments.models import digits_resnet
+from paretoprune.search import Candidate, Completed, Failed, Problem, Record
+from paretoprune.search.evaluation import Evaluator
+from paretoprune.surgery import PruningPlan, load, prune, trace
+
+PLAN = PruningPlan({"layer1.0.conv1": (0, 2, 4), "layer2.0.conv1": tuple(range(8))}, ("layer3.1",))
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    """A ResNet with random weights on random images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = digits_resnet().eval()
+        batches = [(torch.randn(32, 1, 8, 8), torch.randint(10, (32,))) for _ in range(3)]
+    return Problem(
+        model,
+        batches[0][0][:2],
+        calibration=batches[:2],
+        validation=batches[2:],
+        test=lambda: batches[:1],
+        name="made-up",
+        reference="paretoprune.experiments.models:digits_resnet",
+    )
+
+
+@pytest.fixture(scope="module")
+def record(problem: Problem) -> Record:
+    """The trial of a plan, evaluated as a search does it."""
+    graph = trace(problem.model, problem.example_inputs)
+    metrics = Evaluator(problem, graph)(PLAN, 0)
+    return Record(3, Candidate("l2", 0.5), PLAN, graph.cost(PLAN), Completed(metrics, 0.1))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies of a unit test need not be exact."""
+
+    def quickly(models: Any, inputs: Any) -> list[Latency]:
+        return measure_latency(models, inputs, seconds=0.01)
+
+    monkeypatch.setattr(exporting, "measure_latency", quickly)
+
+
+def test_what_was_written_loads_and_computes_the_same(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    done = export(problem, record, tmp_path / "deep" / "small", run="first")
+    reloaded = load(tmp_path / "deep" / "small")
+    inputs = problem.validation[0][0]  # type: ignore[index]
+    torch.testing.assert_close(reloaded(inputs), done.model(inputs), rtol=0, atol=0)
+    assert [one.name for one in (tmp_path / "deep").iterdir()] == ["small"]
+    assert record.cost is not None
+    assert sum(p.numel() for p in reloaded.parameters()) == record.cost.params
+    assert done.small.thop_macs == record.cost.macs
+
+
+def test_the_card_states_what_was_measured(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    done = export(problem, record, tmp_path / "small", run="first")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert isinstance(record.outcome, Completed)
+    assert f"| loss, search split | {done.dense.search['loss']:.4f} |" in card
+    assert f"{100 * record.outcome.metrics['accuracy']:.2f} %" in card
+    assert "accuracy, test split" in card
+    assert "Trial 3 of run `first`, found by the search" in card
+    assert "removed: layer3.1" in card
+    assert "equal to the counts above" in card
+    assert 'load("PATH/OF/THIS/FOLDER")' in card
+    plan = json.loads((tmp_path / "small" / "plan.json").read_text())
+    assert plan["metrics"]["macs"] == done.small.cost.macs
+    assert "outputs equal" in verdict(done)
+    size = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert abs(size - done.small.file_bytes) <= 64
+
+
+def test_a_network_of_unknown_origin_needs_its_function(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    export(replace(problem, reference=None, test=None), record, tmp_path / "small")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "make_dense_model" in card
+    assert "No test split" in card
+    with pytest.raises(ValueError, match="pass the function"):
+        load(tmp_path / "small")
+    load(tmp_path / "small", digits_resnet)
+
+
+def test_an_existing_folder_is_left_alone(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="exists already"):
+        export(problem, record, tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_network_that_is_not_the_records_is_not_written(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    other = replace(problem, model=digits_resnet().eval())
+    with pytest.raises(RuntimeError, match="weights or data must have changed"):
+        export(other, record, tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_computes_something_else_is_not_left(
+    problem: Problem, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: Any) -> nn.Module:
+        model = load(*arguments)
+        with torch.no_grad():
+            next(model.parameters()).add_(0.1)
+        return model
+
+    monkeypatch.setattr(exporting, "load", wrong)
+    with pytest.raises(RuntimeError, match="does not compute"):
+        export(problem, record, tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_trial_has_no_network(problem: Problem, record: Record, tmp_path: Path) -> None:
+    failed = replace(record, outcome=Failed("out of memory"))
+    with pytest.raises(ValueError, match="did not complete"):
+        export(problem, failed, tmp_path / "small")
+
+
+def test_the_problem_is_left_as_it_was(problem: Problem, record: Record, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in problem.model.state_dict().items()}
+    problem.model.train()
+    try:
+        export(problem, record, tmp_path / "small")
+        assert problem.model.training
+    finally:
+        problem.model.eval()
+    for name, value in problem.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_formats_that_are_not_there_are_answered_with_those_that_are() -> None:
+    check_formats("safetensors")
+    with pytest.raises(ValueError, match="'onnx'; available: safetensors"):
+        check_formats("safetensors,onnx")
+
+
+def test_thop_agrees_and_leaves_the_model_alone(problem: Problem) -> None:
+    keys = set(problem.model.state_dict())
+    graph = trace(problem.model, problem.example_inputs)
+    assert thop_macs(problem.model, problem.example_inputs) == graph.cost().macs
+    small = prune(problem.model, graph, PLAN)
+    assert thop_macs(small, {"images": problem.example_inputs}) == graph.cost(PLAN).macs
+    assert set(problem.model.state_dict()) == keys
+    assert not any(module._forward_hooks for module in problem.model.modules())
+
+
+def test_thop_says_when_it_cannot_count() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float(x.sum())
+
+    assert thop_macs(Reads(), torch.zeros(2, 3)) is None
+
+
+def test_latency_has_repeats_and_spread(problem: Problem) -> None:
+    threads = torch.get_num_threads()
+    first, second = measure_latency([problem.model, problem.model], problem.example_inputs, 0.05)
+    assert first.repeats == second.repeats >= 10
+    assert first.milliseconds > 0
+    assert first.spread >= 0
+    assert torch.get_num_threads() == threads

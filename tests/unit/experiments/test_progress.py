@@ -1,0 +1,122 @@
+"""Progress is live for people and plain for logs, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from paretoprune.experiments.progress import (
+    SearchProgress,
+    is_live,
+    long_step,
+    reasons,
+    results_console,
+)
+from paretoprune.experiments.view import SearchView
+from paretoprune.search import ParetoFront, SearchInfo
+
+
+def console(*, terminal: bool, width: int = 100) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    shown = Console(file=out, force_terminal=terminal, width=width, color_system=None)
+    return shown, out
+
+
+def play(shown: SearchProgress, view: SearchView, *, before: int = 0) -> None:
+    """Tells progress of a search whose first records are there already."""
+    info = SearchInfo(
+        problem=view.name,
+        dense=view.dense,
+        metrics=view.dense_metrics,
+        target=view.target,
+        trials=len(view.records),
+        objectives=view.objectives,
+        criteria=("l2",),
+        sizes=view.sizes,
+        blocks={},
+        records=view.records[:before],
+    )
+    with shown:
+        shown.started(info)
+        for at, record in enumerate(view.records[before:], start=before + 1):
+            shown.finished(record, ParetoFront.of(view.records[:at], view.objectives))
+        shown.ended(view.front, False)
+
+
+def test_a_log_gets_a_line_for_what_is_new(view: SearchView) -> None:
+    target, out = console(terminal=False)
+    play(SearchProgress(target), view)
+    lines = out.getvalue().splitlines()
+    assert "target at most 500.0 k (50.0 %), 7 trials" in lines[1]
+    assert [line[:5] for line in lines[2:]] == ["[1/7]", "[2/7]", "[6/7]", "[7/7]"]
+    assert "best trial 1: accuracy 95.00 % at 49.8 % of the MACs" in lines[3]
+    assert "trial 5 failed: ValueError: not finite" in lines[4]
+    assert "0:00 left" in lines[5]
+
+
+def test_a_failure_that_repeats_is_said_once(view: SearchView) -> None:
+    failed = [replace(view.records[5], number=at) for at in range(5)]
+    target, out = console(terminal=False)
+    play(SearchProgress(target), replace(view, records=tuple(failed)))
+    assert out.getvalue().count("not finite") == 2  # when it is new, and with the last trial
+    assert reasons(replace(view, records=tuple(failed))) == {"failed: ValueError: not finite": 5}
+
+
+def test_a_resumed_search_says_what_was_there(view: SearchView) -> None:
+    target, out = console(terminal=False)
+    play(SearchProgress(target), view, before=4)
+    assert "7 trials, 4 of them done before" in out.getvalue()
+
+
+def test_a_terminal_gets_a_live_view(view: SearchView, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    target, out = console(terminal=True)
+    play(SearchProgress(target), view)
+    text = out.getvalue()
+    assert "7/7" in text
+    assert "3 members" in text
+    assert "(dense 99.00 %)" in text
+
+
+def test_an_error_in_the_search_ends_the_live_view(
+    view: SearchView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    target, out = console(terminal=True)
+    shown = SearchProgress(target)
+    with pytest.raises(RuntimeError), shown:
+        raise RuntimeError
+    assert out.getvalue().endswith("\x1b[2K") or "\x1b[?25h" in out.getvalue()  # cursor is back
+
+
+def test_ci_is_no_place_for_live_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = console(terminal=True)
+    monkeypatch.setenv("CI", "true")
+    assert not is_live(target)
+
+
+def test_quiet_is_quiet(view: SearchView) -> None:
+    target, out = console(terminal=False)
+    play(SearchProgress(target, quiet=True), view)
+    with long_step(target, "Training", quiet=True) as say:
+        say("epoch 1")
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_long_steps_show_their_stages(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    target, out = console(terminal=terminal)
+    with long_step(target, "Training") as say:
+        say("epoch 1")
+        say("epoch 2")
+    assert "Training" in out.getvalue()
+    if not terminal:  # a log is spared the lines of a fast step
+        assert out.getvalue().splitlines() == ["Training …", "  epoch 1"]
+
+
+def test_results_that_nobody_watches_have_100_columns() -> None:
+    assert results_console().width == 100

@@ -1,0 +1,70 @@
+"""Rows and tables say what records say, and fit where people read them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+from rich.console import Console
+
+from paretoprune.experiments.tables import (
+    front_csv,
+    front_json,
+    front_table,
+    pruning_ratios,
+    stage_ratios,
+)
+from paretoprune.experiments.view import SearchView
+
+
+def test_rows_know_their_place(view: SearchView) -> None:
+    assert [row.trial for row in view.rows] == [0, 1, 3, 4, 6]
+    assert [row.trial for row in view.rows if row.on_front] == [1, 3, 4]
+    assert [row.trial for row in view.front_rows] == [1, 3, 4]  # MACs fall
+    assert view.front_rows[0].macs_ratio == 0.498
+
+
+def test_json_and_csv_have_every_member(view: SearchView) -> None:
+    members = json.loads(front_json(view.front_rows))
+    assert [member["trial"] for member in members] == [1, 3, 4]
+    assert members[1]["removed"] == ["layer1.1"]
+    lines = list(csv.DictReader(io.StringIO(front_csv(view.front_rows))))
+    assert [(line["trial"], line["macs"], line["removed"]) for line in lines] == [
+        ("1", "498000", ""),
+        ("3", "300000", "layer1.1"),
+        ("4", "200000", ""),
+    ]
+
+
+def test_the_table_fits_100_columns_and_shows_the_dense_network(view: SearchView) -> None:
+    out = io.StringIO()
+    table = front_table(view.front_rows, view.dense, view.dense_metrics)
+    Console(file=out, width=100).print(table)
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "99.00 %" in text
+    assert "95.00 %" in text
+    assert "…" not in text
+    assert "one-shot" in text
+
+
+def test_ratios_count_what_is_removed(view: SearchView) -> None:
+    ratios = pruning_ratios(view.records[3], view.sizes, view.blocks)
+    assert ratios == {
+        "stem": 0.0,
+        "layer1.0.conv1": 0.5,
+        "layer1.1.conv1": 1.0,  # its block is gone
+        "layer2.0.conv1": 0.0,
+    }
+    assert pruning_ratios(view.records[2], view.sizes, view.blocks) == {}  # no plan
+    assert stage_ratios(ratios, view.sizes) == {"stem": 0.0, "layer1": 0.75, "layer2": 0.0}
+
+
+def test_a_network_of_one_stage_is_summed_up_in_thirds() -> None:
+    sizes = {f"features.{at}": 10 for at in range(6)}
+    ratios = {f"features.{at}": at / 10 for at in range(6)}
+    stages = stage_ratios(ratios, sizes)
+    assert list(stages) == ["first third", "second third", "last third"]
+    assert stages["first third"] == 0.05
+    assert stage_ratios({}, {}) == {}

@@ -1,0 +1,301 @@
+"""MLflow shows every trial once, is brought up to date on resume, and never ends a search."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from paretoprune.experiments import page, plots, tracker
+from paretoprune.experiments.runs import RunSpec, create_run
+from paretoprune.experiments.saved_view import view_tag
+from paretoprune.experiments.store import ExportPlace, Store, store_of
+from paretoprune.experiments.tracker import MlflowListener
+from paretoprune.experiments.tracking import connect, register_export
+from paretoprune.experiments.view import SearchView
+from paretoprune.search import ParetoFront, Record, SearchInfo
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+SPEC = RunSpec("made-up", 0.5, 7, ("l2", "taylor"))
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take seconds to make."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(Store(f"sqlite:///{file}")).search_experiments()
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder with a store beside it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = create_run(tmp_path / "runs", "first", SPEC)
+    shutil.copy(empty_database, run.parent)
+    return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares a test the plots."""
+    monkeypatch.setattr(page, "front_page", lambda view: "")
+    for name in ("front_png", "ratios_png", "hypervolume_png"):
+        monkeypatch.setattr(plots, name, lambda view: Figure())
+
+
+def curve_of(history: list[Metric]) -> list[tuple[int, float]]:
+    return [(one.step, one.value) for one in history]
+
+
+def expected_curve(view: SearchView) -> list[tuple[int, float]]:
+    return [(number, round(value, 6)) for number, value in view.hypervolumes()]
+
+
+def info_of(view: SearchView, records: tuple[Record, ...] = ()) -> SearchInfo:
+    return SearchInfo(
+        problem=view.name,
+        dense=view.dense,
+        metrics=view.dense_metrics,
+        target=view.target,
+        trials=7,
+        objectives=view.objectives,
+        criteria=("l2", "taylor"),
+        sizes=view.sizes,
+        blocks={name: tuple(groups) for name, groups in view.blocks.items()},
+        records=records,
+    )
+
+
+def play(
+    listener: MlflowListener, view: SearchView, *, before: int = 0, upto: int = 7
+) -> Iterator[Record]:
+    """Tells a listener of a search whose first records are there already."""
+    listener.started(info_of(view, view.records[:before]))
+    for at, record in enumerate(view.records[before:upto], start=before + 1):
+        listener.finished(record, ParetoFront.of(view.records[:at], view.objectives))
+        yield record
+
+
+def played(listener: MlflowListener, view: SearchView, *, before: int = 0) -> None:
+    for _ in play(listener, view, before=before):
+        pass
+    listener.ended(view.front, False)
+
+
+def runs_in(folder: Path) -> tuple[MlflowClient, Run, dict[int, Run]]:
+    """Returns the client, the parent run and the child runs by trial."""
+    client = connect(store_of(folder.parent))
+    where = json.loads((folder / "mlflow.json").read_text())
+    children = client.search_runs(
+        [where["experiment"]], f"tags.`mlflow.parentRunId` = '{where['run']}'"
+    )
+    numbers = [int(run.data.tags["trial"]) for run in children]
+    assert len(set(numbers)) == len(numbers), "a trial is there twice"
+    return client, client.get_run(where["run"]), dict(zip(numbers, children, strict=True))
+
+
+def test_a_search_becomes_a_parent_and_a_child_per_trial(folder: Path, view: SearchView) -> None:
+    played(MlflowListener(folder, SPEC, thop_macs=lambda: 1_000_000), view)
+    client, parent, children = runs_in(folder)
+    assert sorted(children) == list(range(7))
+    assert children[1].info.run_name == "t001 95.0% @ 49.8% MACs"
+    assert children[2].info.run_name == "t002 infeasible"
+    assert children[1].data.metrics == {
+        "accuracy": 0.95,
+        "loss": 0.2,
+        "macs": 498_000,
+        "params": 9960,
+        "macs_ratio": 0.498,
+        "flops_reduction": 0.502,
+        "seconds": 1.5,
+    }
+    assert children[3].data.params == {
+        "criterion": "l2",
+        "allocation": "global",
+        "budget": "0.3000",
+        "removed": "layer1.1",
+        "pruning_ratio.stem": "0.000",
+        "pruning_ratio.layer1": "0.750",
+        "pruning_ratio.layer2": "0.000",
+    }
+    pareto = {number for number, run in children.items() if run.data.tags["pareto"] == "true"}
+    assert pareto == {1, 3, 4}
+    assert children[5].info.status == "FAILED"
+    assert children[5].data.tags["reason"] == "ValueError: not finite"
+    assert {run.data.tags["origin"] for run in children.values()} == {"seed", "sampler"}
+    assert parent.info.run_name == "first"
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["dense_macs_by_thop"] == "1000000"
+    assert "trial 1 keeps 49.8 %" in parent.data.tags["mlflow.note.content"]
+    files = {file.path for file in client.list_artifacts(parent.info.run_id, "pareto")}
+    names = ("front.html", "front.json", "front.png", "hypervolume.png", "ratios.png")
+    assert files == {f"pareto/{name}" for name in names}
+    history = client.get_metric_history(parent.info.run_id, "hypervolume")
+    assert curve_of(history) == expected_curve(view)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_plan_is_kept_with_its_trial(folder: Path, view: SearchView, tmp_path: Path) -> None:
+    played(MlflowListener(folder, SPEC), view)
+    client, _, children = runs_in(folder)
+    file = client.download_artifacts(children[3].info.run_id, "plan.json", str(tmp_path))
+    plan = view.records[3].plan
+    assert plan is not None
+    assert json.loads(Path(file).read_text()) == plan.to_json()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_resuming_adds_what_is_missing_and_nothing_twice(folder: Path, view: SearchView) -> None:
+    killed = play(MlflowListener(folder, SPEC), view)
+    for _ in range(3):  # the driver dies after three trials; the study has five
+        next(killed)
+    client, _, children = runs_in(folder)
+    where = json.loads((folder / "mlflow.json").read_text())
+    begun = client.create_run(  # and it died between creating a run and writing it
+        where["experiment"],
+        tags={"kind": "trial", "trial": "3", "search_id": SPEC.id, **_child_of(where["run"])},
+    )
+    played(MlflowListener(folder, SPEC), view, before=5)
+    client, parent, children = runs_in(folder)
+    assert sorted(children) == list(range(7))
+    assert children[3].info.run_id == begun.info.run_id
+    assert children[3].data.metrics["loss"] == 0.3
+    assert {n for n, run in children.items() if run.data.tags["pareto"] == "true"} == {1, 3, 4}
+    history = client.get_metric_history(parent.info.run_id, "hypervolume")
+    assert curve_of(history) == expected_curve(view)
+
+
+def _child_of(parent: str) -> dict[str, str]:
+    return {"mlflow.parentRunId": parent}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_everything_can_be_rebuilt_from_the_records(folder: Path, view: SearchView) -> None:
+    listener = MlflowListener(folder, SPEC)
+    listener.started(info_of(view, view.records))
+    listener.ended(view.front, False)
+    _, parent, children = runs_in(folder)
+    assert sorted(children) == list(range(7))
+    assert parent.info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_interrupted_search_says_so(folder: Path, view: SearchView) -> None:
+    listener = MlflowListener(folder, SPEC)
+    next(play(listener, view))
+    listener.ended(ParetoFront.of(view.records[:1], view.objectives), True)
+    assert runs_in(folder)[1].info.status == "KILLED"
+
+
+def test_a_search_without_a_completed_trial_is_shown(folder: Path, view: SearchView) -> None:
+    nothing = replace(view, records=(view.records[2],))
+    played(MlflowListener(folder, SPEC), nothing)
+    _, parent, children = runs_in(folder)
+    assert sorted(children) == [2]
+    assert "no completed trial" in parent.data.tags["mlflow.note.content"]
+
+
+def test_an_absent_server_costs_one_sentence(
+    folder: Path, view: SearchView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    said: list[str] = []
+    listener = MlflowListener(folder, SPEC, warn=said.append)
+    for _ in play(listener, view):
+        assert len(said) == 1
+    assert "paretoprune resume first" in said[0]
+    assert "http://127.0.0.1:9" in said[0]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_server_that_comes_back_gets_everything_at_the_end(
+    folder: Path, view: SearchView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: Store) -> None:
+        raise ConnectionError("refused")
+
+    said: list[str] = []
+    listener = MlflowListener(folder, SPEC, warn=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "connect", refuse)
+        for _ in play(listener, view):
+            pass
+    listener.ended(view.front, False)
+    assert len(said) == 1
+    assert sorted(runs_in(folder)[2]) == list(range(7))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_two_runs_of_one_name_are_kept_apart(folder: Path, view: SearchView) -> None:
+    played(MlflowListener(folder, SPEC), view)
+    again = RunSpec("made-up", 0.5, 7, ("l2",))
+    played(MlflowListener(folder, again), view)
+    client, parent, children = runs_in(folder)
+    assert sorted(children) == list(range(7))
+    everything = client.search_runs([parent.info.experiment_id], "tags.kind = 'trial'")
+    assert len(everything) == 14
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_saved_view_opens_on_the_front(folder: Path, view: SearchView) -> None:
+    played(MlflowListener(folder, SPEC), view)
+    client, parent, _ = runs_in(folder)
+    tags = client.get_experiment(parent.info.experiment_id).tags
+    saved = json.loads(tags[f"mlflow.sharedViewState.{SPEC.id}"])
+    state = json.loads(saved["state"])
+    assert saved["name"] == "Pareto front of first"
+    found = client.search_runs([parent.info.experiment_id], state["searchFilter"])
+    assert {int(run.data.tags["trial"]) for run in found} == {1, 3, 4}
+
+
+def test_a_saved_view_fits_into_a_tag() -> None:
+    key, value = view_tag("0" * 12, "Pareto front of " + "x" * 200, 0)
+    assert len(key) <= 250
+    assert len(value) <= 5000
+
+
+def test_the_default_store_lies_with_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = store_of(tmp_path)
+    assert store.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store.artifacts == f"file://{tmp_path}/mlartifacts"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    assert store_of(tmp_path) == Store("http://server")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_export_becomes_a_model_that_loads(folder: Path, view: SearchView) -> None:
+    import mlflow.pytorch
+
+    played(MlflowListener(folder, SPEC), view)
+    client, parent, children = runs_in(folder)
+    export = folder.parent / "exported"
+    export.mkdir()
+    (export / "README.md").write_text("a card")
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
+    store = store_of(folder.parent)
+    place = ExportPlace(store.uri, parent.info.experiment_id, SPEC.id, 3, "made:up")
+    uri = register_export(place, export, model, torch.zeros(2, 4))
+    assert uri == "models:/made-up@exported"
+    loaded = mlflow.pytorch.load_model(uri)
+    inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32))
+    torch.testing.assert_close(loaded(inputs), model(inputs), rtol=0, atol=0)
+    files = [one.path for one in client.list_artifacts(children[3].info.run_id, "export")]
+    assert files == ["export/README.md"]
+    with pytest.raises(LookupError, match="no run of trial 99"):
+        register_export(replace(place, trial=99), export, model, torch.zeros(2, 4))

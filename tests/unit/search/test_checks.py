@@ -1,0 +1,121 @@
+"""What is wrong is said before long work, with the options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from paretoprune.criteria import CRITERIA
+from paretoprune.search import Problem, search
+from paretoprune.search.checks import check_problem, criteria_by_name
+from paretoprune.search.objectives import chance_loss, objectives_of
+from paretoprune.surgery import Cost
+
+DENSE = Cost(macs=100, params=10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"flops": 0.0}, r"flops as a fraction lies in \(0, 1\], but got 0\.0"),
+        ({"flops": 1.5}, r"flops as a fraction lies in \(0, 1\], but got 1\.5"),
+        ({"flops": 0}, "flops in MACs must be at least 1, but got 0"),
+        ({"flops": True}, r"flops is a fraction \(float\) or MACs \(int\), but got True"),
+        ({"flops": "50%"}, "but got '50%'"),
+        ({"trials": 0}, "trials must be a whole number of at least 1, but got 0"),
+        ({"trials": 1.5}, r"trials must be a whole number of at least 1, but got 1\.5"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, but got -1"),
+        ({"workers": -1}, "workers must be a whole number of at least 0, but got -1"),
+        ({"criteria": ("l3",)}, "unknown criterion 'l3'; available: l1, l2, "),
+        ({"criteria": ()}, "a search needs a criterion; available: l1, "),
+        ({"criteria": "l2"}, "a sequence of names, but got the string 'l2'"),
+        ({"sampler": "tps"}, "unknown sampler 'tps'; available: tpe, nsga2, nsga3, gp, random"),
+        ({"objectives": ("loss", "flops")}, "unknown objective 'flops'; available: loss, "),
+        ({"objectives": ("loss",)}, r"two or more different objectives, but got \['loss'\]"),
+        ({"objectives": ("loss", "loss")}, "two or more different objectives"),
+    ],
+)
+def test_arguments_are_checked_first(
+    problem: Problem, arguments: dict[str, Any], message: str
+) -> None:
+    values: dict[str, Any] = {"flops": 0.5, "trials": 2, "workers": 0, **arguments}
+    with pytest.raises(ValueError, match=message):
+        search(problem, **values)
+
+
+def once(problem: Problem) -> Any:
+    return iter(list(problem.validation))
+
+
+@pytest.mark.parametrize(
+    ("split", "make", "message"),
+    [
+        ("calibration", lambda p: [], r"problem\.calibration must have at least one batch"),
+        ("validation", once, r"problem\.validation is read many times"),
+        ("validation", lambda p: [torch.zeros(2)], r"problem\.validation is \(inputs, targets\)"),
+        ("recalibration", lambda p: [], r"problem\.recalibration must have at least one"),
+        (
+            "validation",
+            lambda p: [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())],
+            r"the model does not take a batch of problem\.validation",
+        ),
+        (
+            "validation",
+            lambda p: [(torch.zeros(2, 1, 8, 8), torch.zeros(3).long())],
+            r"outputs \(\(2, 4\)\) with the targets \(\(3,\)\) of problem\.validation",
+        ),
+        (
+            "validation",
+            lambda p: [(torch.full((2, 1, 8, 8), float("nan")), torch.zeros(2).long())],
+            r"on problem\.validation is not a number",
+        ),
+    ],
+)
+def test_data_that_does_not_fit_is_named(
+    problem: Problem, split: str, make: Callable[[Problem], Any], message: str
+) -> None:
+    changed: Any = {split: make(problem)}
+    with pytest.raises(ValueError, match=message):
+        check_problem(replace(problem, **changed))
+
+
+def test_checks_leave_the_model_in_its_mode(problem: Problem) -> None:
+    problem.model.train()
+    check_problem(problem)
+    assert all(module.training for module in problem.model.modules())
+
+
+def test_criteria_come_by_name_or_as_objects() -> None:
+    assert criteria_by_name(["l2", "l1"]) == {"l2": CRITERIA["l2"](), "l1": CRITERIA["l1"]()}
+    mine = {"mine": CRITERIA["l1"]()}
+    assert criteria_by_name(mine) == mine
+
+
+def test_references_of_objectives(problem: Problem) -> None:
+    batch = next(iter(problem.validation))
+    chance = chance_loss(problem.model, batch, problem.loss)
+    assert chance == pytest.approx(torch.log(torch.tensor(4.0)).item())
+    names = ("loss", "accuracy", "macs", "params")
+    objectives = objectives_of(names, DENSE, {"loss": 0.1, "accuracy": 0.9}, chance)
+    assert [o.reference for o in objectives] == [chance, 0.0, 100.0, 10.0]
+    assert [o.direction.value for o in objectives] == [
+        "minimize",
+        "maximize",
+        "minimize",
+        "minimize",
+    ]
+
+
+@pytest.mark.parametrize("chance", [float("nan"), float("inf"), 0.5])
+def test_a_loss_without_a_level_of_chance_counts_from_above_the_dense_loss(chance: float) -> None:
+    (loss,) = objectives_of(("loss",), DENSE, {"loss": 3.0}, chance)
+    assert loss.reference == 7.0
+
+
+def test_an_objective_that_is_not_measured() -> None:
+    with pytest.raises(ValueError, match=r"'accuracy' is not measured .*; measured: macs"):
+        objectives_of(("accuracy", "macs"), DENSE, {"loss": 1.0}, 2.0)

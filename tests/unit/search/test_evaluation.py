@@ -1,0 +1,92 @@
+"""Evaluations: pure, repeatable, and what goes wrong in one is an outcome."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from paretoprune.search import Completed, Failed, Problem, evaluate
+from paretoprune.search.evaluation import Evaluator, Moved, attempt
+from paretoprune.surgery import PruningPlan, prune, reconstruct, trace
+
+
+@pytest.fixture
+def plan() -> PruningPlan:
+    return PruningPlan({"3.conv1": tuple(range(12))}, removed=("8",))
+
+
+@pytest.fixture
+def evaluator(problem: Problem) -> Evaluator:
+    return Evaluator(problem, trace(problem.model, problem.example_inputs))
+
+
+def test_metrics_are_those_of_the_reconstructed_network(
+    problem: Problem, evaluator: Evaluator, plan: PruningPlan
+) -> None:
+    graph = trace(problem.model, problem.example_inputs)
+    small = prune(problem.model, graph, plan)
+    small = reconstruct(small, problem.model, graph, plan, problem.calibration)
+    cost = graph.cost(plan)
+    metrics = evaluator(plan, 0)
+    assert {k: metrics[k] for k in ("macs", "params")} == {
+        "macs": cost.macs,
+        "params": cost.params,
+    }
+    measured = evaluate(small, problem.validation, problem.loss)
+    assert metrics["loss"] == pytest.approx(measured["loss"], rel=1e-4)
+    assert metrics["accuracy"] == measured["accuracy"]
+
+
+def test_an_evaluation_is_repeatable_and_touches_nothing(
+    problem: Problem, evaluator: Evaluator, plan: PruningPlan
+) -> None:
+    before = {name: value.clone() for name, value in problem.model.state_dict().items()}
+    generator = torch.get_rng_state()
+    first = evaluator(plan, 0)
+    assert evaluator(plan, 0) == first
+    assert pickle.loads(pickle.dumps(evaluator))(plan, 0) == first
+    assert torch.equal(torch.get_rng_state(), generator)
+    after = problem.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(parameter.grad is not None for parameter in problem.model.parameters())
+
+
+def test_an_error_is_an_outcome_in_one_line(problem: Problem, plan: PruningPlan) -> None:
+    def broken(outputs: object, targets: object) -> torch.Tensor:
+        raise RuntimeError("out of luck\nand more")
+
+    graph = trace(problem.model, problem.example_inputs)
+    evaluator = Evaluator(replace(problem, loss=broken), graph)
+    assert attempt(evaluator, plan, 0) == Failed("RuntimeError: out of luck")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_metrics_that_are_not_finite_are_a_failure(plan: PruningPlan, value: float) -> None:
+    outcome = attempt(lambda plan, seed: {"loss": value, "macs": 1}, plan, 0)
+    assert outcome == Failed(f"metrics must be finite, but got {{'loss': {value}}}.")
+
+
+def test_ctrl_c_is_no_outcome(plan: PruningPlan) -> None:
+    def interrupted(plan: PruningPlan, seed: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(interrupted, plan, 0)
+
+
+def test_seconds_are_measured(plan: PruningPlan) -> None:
+    outcome = attempt(lambda plan, seed: {"loss": 1.0, "macs": 1}, plan, 0)
+    assert isinstance(outcome, Completed)
+    assert 0 <= outcome.seconds < 1
+    with pytest.raises(TypeError):
+        outcome.metrics["loss"] = 0.0  # type: ignore[index]
+    assert pickle.loads(pickle.dumps(outcome)) == outcome
+
+
+def test_moved_batches_can_be_read_again(problem: Problem) -> None:
+    moved = Moved(problem.validation, torch.device("cpu"))
+    assert len(list(moved)) == len(list(moved)) == 1

@@ -1,0 +1,149 @@
+"""Fronts and hypervolumes, against closed forms and brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+
+from paretoprune.search import (
+    Candidate,
+    Completed,
+    Direction,
+    Failed,
+    Infeasible,
+    Objective,
+    ParetoFront,
+    Record,
+    hypervolume,
+    non_dominated,
+)
+from paretoprune.surgery import Cost, PruningPlan
+
+Points = NDArray[np.float64]
+SIDE = 5
+LOSS = Objective("loss", Direction.MINIMIZE, "nats", 2.0)
+MACS = Objective("macs", Direction.MINIMIZE, "MACs", 100.0)
+ACCURACY = Objective("accuracy", Direction.MAXIMIZE, "fraction", 0.0)
+
+
+def grids(least_dim: int = 1, most_dim: int = 4) -> st.SearchStrategy[Points]:
+    """Points with whole coordinates, some of them outside the reference SIDE."""
+    return st.integers(least_dim, most_dim).flatmap(
+        lambda dim: arrays.arrays(
+            np.float64,
+            st.tuples(st.integers(0, 7), st.just(dim)),
+            elements=st.integers(0, SIDE + 1).map(float),
+        )
+    )
+
+
+def cells(points: Points) -> int:
+    """The number of unit cells that whole-numbered points dominate below SIDE."""
+    corners = itertools.product(range(SIDE), repeat=points.shape[1])
+    return sum(any((point <= corner).all() for point in points) for corner in corners)
+
+
+def record(number: int, **metrics: float) -> Record:
+    plan, cost = PruningPlan(), Cost(int(metrics["macs"]), 1)
+    return Record(number, Candidate("l2", 1.0), plan, cost, Completed(metrics, 1.0))
+
+
+@given(grids())
+def test_non_dominated_is_what_no_other_point_dominates(points: Points) -> None:
+    expected = [
+        not any(
+            all(a <= b for a, b in zip(other, point, strict=True)) and tuple(other) != tuple(point)
+            for other in points
+        )
+        for point in points
+    ]
+    assert non_dominated(points).tolist() == expected
+
+
+@given(grids())
+def test_hypervolume_counts_dominated_cells(points: Points) -> None:
+    reference = np.full(points.shape[1], float(SIDE))
+    assert hypervolume(points, reference) == pytest.approx(cells(points))
+
+
+@given(grids(2, 3), st.randoms())
+def test_hypervolume_knows_no_order_and_no_duplicates(points: Points, random: object) -> None:
+    reference = np.full(points.shape[1], float(SIDE))
+    shuffled = np.concatenate([points, points])[::-1]
+    assert hypervolume(shuffled, reference) == pytest.approx(hypervolume(points, reference))
+
+
+@given(grids(2, 3))
+def test_hypervolume_never_falls_with_another_point(points: Points) -> None:
+    reference = np.full(points.shape[1], float(SIDE))
+    values = [hypervolume(points[:n], reference) for n in range(len(points) + 1)]
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize("n", [1, 2, 17])
+def test_hypervolume_of_a_staircase(n: int) -> None:
+    points = np.array([[i, n - 1 - i] for i in range(n)], dtype=np.float64)
+    assert hypervolume(points, np.array([float(n), float(n)])) == n * (n + 1) / 2
+
+
+def test_hypervolume_of_nothing_is_zero() -> None:
+    assert hypervolume(np.zeros((0, 3)), np.ones(3)) == 0
+
+
+def test_front_is_sorted_by_macs_and_leaves_out_what_did_not_complete() -> None:
+    candidate = Candidate("l2", 1.0)
+    records = [
+        record(0, loss=0.9, macs=10),
+        record(1, loss=0.1, macs=90),
+        record(2, loss=0.5, macs=50),
+        record(3, loss=0.6, macs=60),
+        Record(4, candidate, PruningPlan(), Cost(1, 1), Failed("RuntimeError")),
+        Record(5, candidate, None, None, Infeasible("too small")),
+    ]
+    front = ParetoFront.of(records, (LOSS, MACS))
+    assert [r.number for r in front.records] == [1, 2, 0]
+
+
+def test_of_equal_records_the_earliest_stands_for_all() -> None:
+    records = [record(n, loss=0.5, macs=50) for n in (2, 0, 1)]
+    assert [r.number for r in ParetoFront.of(records, (LOSS, MACS)).records] == [0]
+
+
+def test_a_maximised_objective_is_flipped_once() -> None:
+    records = [record(0, accuracy=0.9, macs=50), record(1, accuracy=0.8, macs=50)]
+    front = ParetoFront.of(records, (ACCURACY, MACS))
+    assert [r.number for r in front.records] == [0]
+    assert front.hypervolume == pytest.approx(0.9 * 0.5)  # accuracy as it is, MACs in references
+
+
+def test_hypervolume_of_a_front_is_in_units_of_the_references() -> None:
+    front = ParetoFront.of([record(0, loss=0.5, macs=25)], (LOSS, MACS))
+    assert front.hypervolume == pytest.approx((1.5 / 2) * 0.75)
+    assert ParetoFront.of([], (LOSS, MACS)).hypervolume == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=12))
+def test_front_of_a_front_and_one_more_is_the_front_of_all(points: list[tuple[int, int]]) -> None:
+    records = [record(n, loss=loss, macs=macs) for n, (loss, macs) in enumerate(points)]
+    front = ParetoFront.of([], (LOSS, MACS))
+    for one in records:
+        front = ParetoFront.of((*front.records, one), (LOSS, MACS))
+    assert front == ParetoFront.of(records, (LOSS, MACS))
+
+
+def test_best_is_best_in_the_first_objective_within_the_macs() -> None:
+    records = [record(0, loss=0.9, macs=10), record(1, loss=0.1, macs=90)]
+    front = ParetoFront.of(records, (LOSS, MACS))
+    assert front.best().number == 1
+    assert front.best(90).number == 1
+    assert front.best(89).number == 0
+    with pytest.raises(ValueError, match=r"at most 9 MACs; the smallest has 10\."):
+        front.best(9)
+    with pytest.raises(ValueError, match="no trial has completed"):
+        ParetoFront.of([], (LOSS, MACS)).best()

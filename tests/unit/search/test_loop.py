@@ -1,0 +1,247 @@
+"""search, from a problem to a front, in this process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paretoprune.criteria import CRITERIA
+from paretoprune.search import (
+    Completed,
+    ParetoFront,
+    Problem,
+    Record,
+    RunLocked,
+    SearchInfo,
+    SearchInterrupted,
+    read_run,
+    search,
+)
+from paretoprune.search.study import Study
+from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune, trace
+
+
+class Notes:
+    """Writes down what a search tells; interrupts it after some trials."""
+
+    def __init__(self, interrupt_after: int = 10**9) -> None:
+        self.infos: list[SearchInfo] = []
+        self.records: list[Record] = []
+        self.fronts: list[ParetoFront] = []
+        self.interrupted: list[bool] = []
+        self._after = interrupt_after
+
+    def started(self, info: SearchInfo) -> None:
+        self.infos.append(info)
+
+    def finished(self, record: Record, front: ParetoFront) -> None:
+        self.records.append(record)
+        self.fronts.append(front)
+        if len(self.records) == self._after:
+            raise KeyboardInterrupt
+
+    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+        self.interrupted.append(interrupted)
+
+
+def run(
+    problem: Problem, run_dir: Path, notes: Notes, trials: int = 9, **more: Any
+) -> ParetoFront:
+    arguments = {"flops": 0.5, "workers": 0, "run_dir": run_dir, "listeners": [notes], **more}
+    return search(problem, trials=trials, **arguments)
+
+
+def test_a_search_returns_the_front_of_its_records(problem: Problem, tmp_path: Path) -> None:
+    notes = Notes()
+    front = run(problem, tmp_path, notes)
+    (info,) = notes.infos
+    graph = trace(problem.model, problem.example_inputs)
+    assert (info.problem, info.trials) == ("noise", 9)
+    assert set(info.criteria) <= set(CRITERIA)
+    assert info.dense == graph.cost()
+    assert info.target == graph.cost().macs // 2
+    assert info.metrics.keys() == {"loss", "accuracy"}
+    assert info.sizes == {group.name: group.size for group in graph.open_groups}
+    assert info.blocks.keys() == graph.blocks.keys()
+    assert notes.interrupted == [False]
+    assert [r.number for r in notes.records] == list(range(9))
+    assert front == notes.fronts[-1] == ParetoFront.of(notes.records, info.objectives)
+    best = front.best(info.target)
+    assert best.plan is not None
+    assert best.cost is not None
+    assert graph.cost(best.plan) == best.cost
+    prune(problem.model, graph, best.plan)(problem.example_inputs)
+
+
+def test_the_same_seed_gives_the_same_search(problem: Problem, tmp_path: Path) -> None:
+    searches = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        notes = Notes()
+        run(problem, tmp_path / name, notes, seed=seed)
+        searches.append([(r.candidate, r.plan) for r in notes.records])
+    assert searches[0] == searches[1] != searches[2]
+
+
+def test_a_search_that_was_interrupted_goes_on(problem: Problem, tmp_path: Path) -> None:
+    whole = Notes()
+    expected = run(problem, tmp_path / "whole", whole)
+
+    folder, notes = tmp_path / "run", Notes(interrupt_after=4)
+    with pytest.raises(SearchInterrupted) as interruption:
+        run(problem, folder, notes)
+    assert interruption.value.front == notes.fronts[-1]
+    assert notes.interrupted == [True]
+    assert isinstance(interruption.value, KeyboardInterrupt)
+
+    resumed = Notes()
+    front = run(problem, folder, resumed)
+    assert resumed.infos[0].records == tuple(notes.records)
+    assert resumed.interrupted == [False]
+    records = [*notes.records, *resumed.records]
+    assert [(r.number, r.candidate, r.plan) for r in records] == [
+        (r.number, r.candidate, r.plan) for r in whole.records
+    ]
+    assert [r.number for r in front.records] == [r.number for r in expected.records]
+
+
+def test_a_finished_search_is_only_told(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = run(problem, tmp_path, Notes())
+    monkeypatch.setattr(Study, "ask", None)
+    notes = Notes()
+    assert run(problem, tmp_path, notes) == front
+    assert (len(notes.infos[0].records), notes.records, notes.interrupted) == (9, [], [False])
+    assert read_run(tmp_path).trials == 9
+
+
+def test_more_trials_extend_a_search(problem: Problem, tmp_path: Path) -> None:
+    run(problem, tmp_path, Notes(), trials=5)
+    notes = Notes()
+    run(problem, tmp_path, notes, trials=8)
+    assert [r.number for r in notes.records] == [5, 6, 7]
+
+
+class Counting:
+    """A criterion that counts its calls."""
+
+    summary = "counts"
+    paper = "none"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(
+        self, model: nn.Module, graph: PruningGraph, calibration: Any
+    ) -> Mapping[str, Tensor]:
+        self.calls += 1
+        return CRITERIA["l2"]()(model, graph, calibration)
+
+
+def test_saliencies_are_computed_once_per_run(problem: Problem, tmp_path: Path) -> None:
+    counting = Counting()
+    for trials in (2, 3):
+        run(problem, tmp_path, Notes(), trials, criteria={"mine": counting})
+    assert counting.calls == 1
+    (tmp_path / "saliency.safetensors").write_bytes(b"half a file")
+    run(problem, tmp_path, Notes(), 4, criteria={"mine": counting})
+    assert counting.calls == 2
+    assert {r.candidate.criterion for r in read_run(tmp_path).records} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"flops": 0.4}, r"other settings \(target differ\)"),
+        ({"criteria": ("l1",)}, r"\(criteria differ\)"),
+        ({"objectives": ("accuracy", "macs")}, r"\(objectives differ\)"),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_settings(
+    problem: Problem, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    run(problem, tmp_path, Notes(), 2)
+    with pytest.raises(ValueError, match=message):
+        run(problem, tmp_path, Notes(), 3, **changed)
+
+
+def test_a_run_has_one_driver(problem: Problem, tmp_path: Path) -> None:
+    study = Study(tmp_path / "journal.log", ("loss", "macs"), sampler="tpe", seed=0, trials=2)
+    with pytest.raises(RunLocked, match="another search is running in"):
+        run(problem, tmp_path, Notes())
+    study.close()
+
+
+def test_an_unreachable_target_is_said_with_the_minimum(problem: Problem, tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleBudget, match=r"the smallest reachable is [\d,]+ MACs"):
+        run(problem, tmp_path, Notes(), flops=10)
+    with pytest.raises(ValueError, match="has not measured the dense network yet"):
+        read_run(tmp_path)
+
+
+def test_a_folder_without_a_search(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no search"):
+        read_run(tmp_path)
+
+
+def test_without_a_run_folder_nothing_is_left(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    front = search(problem, 0.5, 3, workers=0)
+    assert front.records
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_listener_that_raises_ends_the_search_and_loses_nothing(
+    problem: Problem, tmp_path: Path
+) -> None:
+    class Broken(Notes):
+        def finished(self, record: Record, front: ParetoFront) -> None:
+            raise RuntimeError("no server")
+
+    broken = Broken()
+    with pytest.raises(RuntimeError, match="no server"):
+        run(problem, tmp_path, broken)
+    assert broken.interrupted == [True]
+    assert len(read_run(tmp_path).records) == 1
+    notes = Notes()
+    run(problem, tmp_path, notes)
+    assert [r.number for r in notes.records] == list(range(1, 9))
+
+
+def test_other_objectives_and_a_database(problem: Problem, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    names = ("accuracy", "params", "macs")
+    front = run(problem, tmp_path, Notes(), 4, objectives=names, storage=url, sampler="nsga2")
+    assert tuple(o.name for o in front.objectives) == names
+    assert read_run(tmp_path, url).front == front
+    assert not (tmp_path / "journal.log").exists()
+
+
+def test_a_regression_has_no_accuracy(problem: Problem, tmp_path: Path) -> None:
+    batches = [(inputs, torch.randn(len(targets), 4)) for inputs, targets in problem.validation]
+    changed = replace(
+        problem, calibration=batches, validation=batches, loss=nn.functional.mse_loss
+    )
+    front = run(changed, tmp_path, Notes(), 3, criteria=("l2",))
+    for record in front.records:
+        assert isinstance(record.outcome, Completed)
+        assert record.outcome.metrics.keys() == {"loss", "macs", "params"}
+
+
+def test_importing_imports_no_vendor() -> None:
+    code = "import sys, paretoprune.search; print(*{'ray', 'optuna', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == ""

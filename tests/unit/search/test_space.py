@@ -1,0 +1,198 @@
+"""The space: every decision becomes a plan on budget, and the seeds are in it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paretoprune.criteria import CRITERIA, select
+from paretoprune.search import Candidate, Problem, SearchSpace
+from paretoprune.search.space import LEVELS, MOST_OFFSETS, OFFSET
+from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan, trace
+
+Saliencies = Mapping[str, Mapping[str, Tensor]]
+Setting = tuple[PruningGraph, Saliencies]
+
+
+class Suggests:
+    """Decides by given parameters, or at random."""
+
+    def __init__(self, parameters: Mapping[str, Any] | None = None, seed: int = 0) -> None:
+        self.parameters = parameters
+        self.random = random.Random(seed)
+        self.asked: list[str] = []
+
+    def _value(self, name: str, otherwise: Any) -> Any:
+        self.asked.append(name)
+        return otherwise if self.parameters is None else self.parameters[name]
+
+    def suggest_float(self, name: str, low: float, high: float) -> float:
+        value = float(self._value(name, self.random.uniform(low, high)))
+        assert low <= value <= high
+        return value
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        value = int(self._value(name, self.random.randint(low, high)))
+        assert low <= value <= high
+        return value
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        value = self._value(name, self.random.choice(choices))
+        assert value in choices
+        return value
+
+
+@pytest.fixture
+def setting(problem: Problem) -> Setting:
+    graph = trace(problem.model, problem.example_inputs)
+    named = {name: CRITERIA[name]() for name in ("l2", "l1")}
+    return graph, {n: c(problem.model, graph, problem.calibration) for n, c in named.items()}
+
+
+def space_of(setting: Setting, share: float = 0.5) -> SearchSpace:
+    graph, saliencies = setting
+    return SearchSpace.of(graph, saliencies, int(share * graph.cost().macs), list(graph.blocks))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3])
+def test_every_decision_is_on_budget(setting: Setting, share: float) -> None:
+    graph, saliencies = setting
+    space = space_of(setting, share)
+    budgets = set()
+    for seed in range(40):
+        candidate = space.suggest(Suggests(seed=seed))
+        plan = space.decode(candidate, graph, saliencies)
+        target = candidate.budget * graph.cost().macs
+        assert 0.99 * target - 1 <= graph.cost(plan).macs <= min(target + 1e-6, space.target)
+        budgets.add(candidate.budget)
+    assert len(budgets) == len(LEVELS)
+
+
+def test_seeds_are_the_one_shot_allocations(setting: Setting) -> None:
+    graph, saliencies = setting
+    space = space_of(setting)
+    seeds = space.seeds(trials=300)
+    candidates = [space.suggest(Suggests(parameters)) for parameters in seeds]
+    for criterion in ("l2", "l1"):
+        for allocation in ("global", "uniform"):
+            for level in LEVELS:
+                target = int(level * space.target)
+                wanted = select(
+                    graph,
+                    saliencies[criterion],
+                    budget=target,
+                    allocation="global" if allocation == "global" else "uniform",
+                )
+                assert wanted in [space.decode(c, graph, saliencies) for c in candidates]
+    assert any(candidate.removed for candidate in candidates)
+    asked = Suggests()
+    space.suggest(asked)
+    assert all(seed.keys() == set(asked.asked) for seed in seeds)
+
+
+@pytest.mark.parametrize(("trials", "expected"), [(1, 1), (2, 2), (3, 2), (30, 10)])
+def test_seeds_are_about_a_third_and_every_criterion(
+    setting: Setting, trials: int, expected: int
+) -> None:
+    seeds = space_of(setting).seeds(trials)
+    assert len(seeds) == expected
+    assert [s["criterion"] for s in seeds[:2]] == ["l2", "l1"][:expected]
+    assert {s["budget"] for s in seeds[:2]} == {1.0}
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.6, 0.4, 0.25])
+def test_blocks_stay_where_their_removal_undercuts_the_budget(
+    setting: Setting, budget: float
+) -> None:
+    graph, saliencies = setting
+    space = space_of(setting, 1.0)
+    candidate = Candidate("l2", budget, removed=tuple(graph.blocks))
+    plan = space.decode(candidate, graph, saliencies)
+    target = round(budget * graph.cost().macs)
+    assert 0.99 * target < graph.cost(plan).macs <= target
+    assert graph.cost(PruningPlan(removed=plan.removed)).macs > 0.99 * target
+    assert plan.removed == tuple(graph.blocks)[: len(plan.removed)]  # the last ones stay
+
+
+class Fixed(nn.Module):
+    """Blocks whose units cannot be pruned: only removing them saves anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.add(inputs, self.branch(inputs))
+
+
+def test_blocks_go_where_the_budget_needs_it() -> None:
+    units = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(1, 400, 1), nn.Conv2d(400, 1, 1))
+    model = nn.Sequential(Fixed(), Fixed(), Fixed(), *units)
+    graph = trace(model, torch.randn(1, 1, 8, 8))
+    saliencies = {"l2": CRITERIA["l2"]()(model, graph, [])}
+    blocks = ("1", "2", "0")
+    fewest = PruningPlan({group.name: (0,) for group in graph.open_groups})
+    target = graph.cost(fewest).macs - 1  # not without a block
+    space = SearchSpace.of(graph, saliencies, target, blocks)
+    plan = space.decode(Candidate("l2", target / graph.cost().macs), graph, saliencies)
+    assert plan.removed == ("1",)
+    assert 0.99 * target < graph.cost(plan).macs <= target
+
+
+def test_an_unreachable_target_names_the_minimum(setting: Setting) -> None:
+    graph, saliencies = setting
+    with pytest.raises(InfeasibleBudget, match=r"smallest reachable is [\d,]+ MACs"):
+        SearchSpace.of(graph, saliencies, 10, list(graph.blocks))
+
+
+def test_levels_below_the_reachable_minimum_are_left_out(setting: Setting) -> None:
+    graph, saliencies = setting
+    smallest = graph.cost(
+        PruningPlan({group.name: (0,) for group in graph.open_groups}, tuple(graph.blocks))
+    ).macs
+    space = SearchSpace.of(graph, saliencies, round(smallest / 0.8), tuple(graph.blocks))
+    assert space.levels == (1.0, 0.85)
+
+
+def test_many_groups_share_the_offsets_of_their_module() -> None:
+    model = nn.Sequential(
+        *(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3))) for _ in range(24))
+    )
+    graph = trace(model, torch.randn(1, 4, 4, 4))
+    saliencies = {"l2": CRITERIA["l2"]()(model, graph, [])}
+    space = SearchSpace.of(graph, saliencies, graph.cost().macs // 2, ())
+    assert len(space.ties) > MOST_OFFSETS
+    assert set(space.ties.values()) == {str(stage) for stage in range(24)}
+    candidate = space.suggest(Suggests())
+    assert candidate.offsets["3.0"] == candidate.offsets["3.2"]
+    assert len(set(candidate.offsets.values())) == 24
+
+
+def test_an_offset_keeps_more_of_its_group(setting: Setting) -> None:
+    graph, saliencies = setting
+    space = space_of(setting)
+    group = next(iter(space.ties))
+    base = space.seeds(3)[0]
+    kept = []
+    for offset in (-OFFSET, 0.0, OFFSET):
+        parameters = {**base, f"offset/{group}": offset}
+        plan = space.decode(space.suggest(Suggests(parameters)), graph, saliencies)
+        kept.append(len(plan.kept.get(group, range(graph.groups[group].size))))
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_a_space_is_told_apart_by_what_it_decides(setting: Setting) -> None:
+    space = space_of(setting)
+    assert space.to_json() == space_of(setting).to_json()
+    assert replace(space, target=space.target - 1).to_json() != space.to_json()
+
+
+def test_a_candidate_survives_json(setting: Setting) -> None:
+    candidate = space_of(setting).suggest(Suggests())
+    assert Candidate.from_json(candidate.to_json()) == candidate

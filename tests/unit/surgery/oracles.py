@@ -1,0 +1,127 @@
+"""What surgery must agree with, computed another way."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from paretoprune.surgery import Cost, PruningGraph, PruningPlan
+from paretoprune.surgery.execute import Execution
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Returns the tensors that a network returns, without gradients."""
+    with torch.no_grad():
+        return [leaf for leaf in tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Returns what the network returns for a tensor, tuple or dict of inputs."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def difference(expected: list[Tensor], actual: list[Tensor]) -> float:
+    """Returns the largest difference relative to the largest expected value of each output."""
+    assert [a.shape for a in expected] == [b.shape for b in actual]
+    return max(
+        ((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item()
+        for a, b in zip(expected, actual, strict=True)
+    )
+
+
+def masked(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module:
+    """Returns a dense copy with all slices of the units that go set to zero."""
+    dense = copy.deepcopy(model)
+    tensors = dict([*dense.named_parameters(), *dense.named_buffers()])
+    for name, kept in plan.kept.items():
+        for item in graph.groups[name].slices:
+            gone = [p for unit, at in enumerate(item.indices) if unit not in kept for p in at]
+            tensors[item.parameter].detach().index_fill_(item.axis, torch.tensor(gone).long(), 0)
+    return dense
+
+
+def masked_outputs(
+    model: nn.Module, graph: PruningGraph, plan: PruningPlan, inputs: Any
+) -> list[Tensor]:
+    """Returns the outputs of the dense network with units masked and branches zeroed."""
+    dense = masked(model, graph, plan)
+    if not plan.removed:
+        return outputs(dense, inputs)
+    branches = [branch for name in plan.removed for branch in graph.extents[name].branches]
+    return list(Execution(graph).run(dense, inputs, zeroed=branches).values())
+
+
+def counted(model: nn.Module, inputs: Any) -> Cost:
+    """Returns the cost that torch counts for one example, and all parameters."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that torch does not count
+    try:
+        with FlopCounterMode(display=False) as counter:
+            outputs(model, inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    batch = len(tree_leaves(inputs)[0])
+    macs, rest = divmod(counter.get_total_flops(), 2 * batch)
+    assert rest == 0
+    return Cost(macs=macs, params=sum(parameter.numel() for parameter in model.parameters()))
+
+
+def plans(graph: PruningGraph) -> st.SearchStrategy[PruningPlan]:
+    """Draws plans over the open groups and the blocks."""
+
+    def keep(size: int) -> st.SearchStrategy[tuple[int, ...]]:
+        return st.sets(st.integers(0, size - 1), min_size=1).map(lambda units: tuple(sorted(units)))
+
+    kept = st.fixed_dictionaries({}, optional={g.name: keep(g.size) for g in graph.open_groups})
+    blocks = sorted(graph.blocks)
+    removed = st.sets(st.sampled_from(blocks)) if blocks else st.just(set[str]())
+    return st.builds(lambda kept, removed: PruningPlan(kept, tuple(removed)), kept, removed)
+
+
+def half(graph: PruningGraph) -> PruningPlan:
+    """Returns the plan that keeps every second unit."""
+    return PruningPlan({g.name: tuple(range(0, g.size, 2)) for g in graph.open_groups})
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Returns copies of everything about a network that surgery must leave untouched."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        "tensors": {name: (id(tensor), tensor.detach().clone()) for name, tensor in tensors},
+        "gradients": {
+            name: None if p.grad is None else p.grad.clone() for name, p in tensors
+        },
+        "required": {name: p.requires_grad for name, p in model.named_parameters()},
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "hooks": {
+            name: (list(module._forward_hooks), list(module._forward_pre_hooks))
+            for name, module in model.named_modules()
+        },
+        "attributes": {name: repr(module) for name, module in model.named_modules()},
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of `state` are equal, tensors bit by bit."""
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def loss(result: Any) -> Tensor:
+    """Returns a scalar that depends on everything the network returns."""
+    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return torch.stack([F.mse_loss(leaf, torch.ones_like(leaf)) for leaf in leaves]).sum()

@@ -1,0 +1,188 @@
+"""trace finds the groups of every network, freezes what it cannot follow, and touches nothing."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paretoprune.surgery import UnsupportedModel, trace
+from tests.unit.surgery.oracles import call, counted, half, loss, same, state
+from tests.unit.surgery.specimens import ZOO, settle, traced
+
+everything = pytest.mark.parametrize("name", ZOO)
+
+
+@everything
+def test_groups_and_blocks_are_the_expected_ones(name: str) -> None:
+    graph = traced(name)[1]
+    assert {group.name: group.size for group in graph.open_groups} == ZOO[name].opened
+    frozen = {group.name: group.frozen or "" for group in graph.groups.values() if group.frozen}
+    assert frozen.keys() == ZOO[name].frozen.keys()
+    for group, reason in ZOO[name].frozen.items():
+        assert reason in frozen[group]
+    assert tuple(graph.blocks) == ZOO[name].blocks
+
+
+@everything
+def test_slices_lie_inside_the_parameters_and_do_not_overlap(name: str) -> None:
+    model, graph = traced(name)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    seen: set[tuple[str, int, int]] = set()
+    for group in graph.groups.values():
+        for item in group.slices:
+            assert len(item.indices) == group.size
+            assert len({len(positions) for positions in item.indices}) == 1
+            for position in (p for positions in item.indices for p in positions):
+                assert 0 <= position < tensors[item.parameter].shape[item.axis]
+                assert (item.parameter, item.axis, position) not in seen
+                seen.add((item.parameter, item.axis, position))
+
+
+@everything
+def test_the_dense_cost_is_the_one_torch_counts(name: str) -> None:
+    model, graph = traced(name)
+    assert graph.cost() == counted(model, ZOO[name].inputs())
+
+
+@everything
+def test_a_graph_pickles(name: str) -> None:
+    graph = traced(name)[1]
+    again = pickle.loads(pickle.dumps(graph))
+    assert again.groups == graph.groups
+    assert again.blocks == graph.blocks
+    assert again.cost(half(graph)) == graph.cost(half(graph))
+
+
+@everything
+def test_the_model_is_left_untouched(name: str) -> None:
+    model = ZOO[name].network().train()
+    inputs = ZOO[name].inputs(4)
+    loss(call(model, inputs)).backward()
+    next(model.children()).eval()
+    next(model.parameters()).requires_grad_(False)
+    hook = next(model.children()).register_forward_hook(lambda *_: None)
+    before, random = state(model), torch.get_rng_state()
+    trace(model, inputs)
+    assert same(state(model), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    hook.remove()
+
+
+def test_tracing_is_deterministic() -> None:
+    model, graph = traced("residual")
+    again = trace(model, ZOO["residual"].inputs())
+    assert again.groups == graph.groups
+    assert list(again.groups) == list(graph.groups)
+    assert list(again.blocks) == list(graph.blocks)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_groups_and_costs_do_not_depend_on_the_batch(batch: int) -> None:
+    for name in ("residual", "shuffled", "tokens", "attention", "unflattened"):
+        model, graph = traced(name)
+        again = trace(model, ZOO[name].inputs(batch))
+        assert [(g.name, g.slices) for g in again.groups.values()] == [
+            (g.name, g.slices) for g in graph.groups.values()
+        ]
+        assert again.cost(half(graph)) == graph.cost(half(graph))
+
+
+def test_a_tied_parameter_counts_once_under_its_first_name() -> None:
+    graph = traced("called_twice")[1]
+    names = {item.parameter for group in graph.groups.values() for item in group.slices}
+    assert "first.weight" in names
+    assert "second.weight" not in names
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Failing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("no such thing")
+
+
+@pytest.mark.parametrize("model", [Branching(), Failing()], ids=["branching", "failing"])
+def test_what_export_refuses_is_one_clear_sentence(model: nn.Module) -> None:
+    with pytest.raises(UnsupportedModel, match=rf"cannot trace {type(model).__name__}.*; wrap"):
+        trace(model, torch.randn(2, 3))
+
+
+class Narrow(nn.Module):
+    """Layers of one channel, an unused layer, a constant and numbers among the arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(4, 1), nn.Linear(1, 3), nn.Linear(3, 2)
+        self.unused = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, scale: float = 1.0, shift: Tensor | None = None) -> Tensor:
+        x = self.two(torch.relu(self.one(x)) * scale + torch.arange(1.0))
+        return self.out(x if shift is None else x + shift)
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.randn(2, 4), (torch.randn(2, 4), 2.0, None), {"x": torch.randn(2, 4)}]
+)
+def test_optional_arguments_constants_and_single_channels(inputs: Any) -> None:
+    graph = trace(Narrow(), inputs)
+    assert {group.name: group.size for group in graph.open_groups} == {"two": 3}
+    assert graph.cost().params == sum(p.numel() for p in Narrow().parameters())
+
+
+class Skip(nn.Module):
+    """A residual block around a branch that reads a parameter of its neighbour."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(torch.relu(self.conv(x)))
+
+
+def test_blocks_that_share_a_parameter_are_not_removable() -> None:
+    shared = nn.Conv2d(6, 6, 3, 1, 1)
+    alone = Skip(nn.Conv2d(6, 6, 3, 1, 1))
+    layers = [Skip(shared), Skip(shared), alone, nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), *layers, nn.Linear(6, 2))
+    settle(model)
+    assert tuple(trace(model, torch.randn(2, 3, 8, 8)).blocks) == ("3",)
+
+
+class Shifted(nn.Module):
+    """A ReLU block behind values whose sign a number in the code decides."""
+
+    def __init__(self, shift: float, factor: float) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+        self.block = self.Block()
+        self.shift, self.factor = shift, factor
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(6, 6, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x + self.conv(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x)) * self.factor + self.shift
+        return self.head(self.block(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("shift", "factor", "removable"), [(1.0, 2.0, True), (-1e-9, 1.0, False), (0.0, -1e-9, False)]
+)
+def test_numbers_in_the_code_decide_whether_a_value_can_be_negative(
+    shift: float, factor: float, removable: bool
+) -> None:
+    graph = trace(Shifted(shift, factor), torch.randn(2, 3, 8, 8))
+    assert bool(graph.blocks) == removable

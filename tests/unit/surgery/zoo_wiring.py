@@ -1,0 +1,186 @@
+"""Small networks with unusual wiring: parameters in the code, several inputs and outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.unit.surgery.zoo import Residual, classifier, conv_bn
+
+
+class Scaled(nn.Module):
+    """Layer scale and an additive table, both parameters used directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1))
+        self.table = nn.Parameter(torch.randn(1, 6, 8, 8))
+        self.register_buffer("mean", torch.randn(1, 6, 1, 1))
+        self.head = classifier(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x) + self.table
+        x = x + self.scale * self.conv2(F.relu(x))
+        return self.head(F.relu(x - self.mean))
+
+
+class TwoInputs(nn.Module):
+    """Images and vectors, given by position or by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = conv_bn(3, 6), nn.Linear(4, 7)
+        self.out = nn.Linear(13, 5)
+
+    def forward(self, image: Tensor, vector: Tensor) -> Tensor:
+        image = F.relu(self.conv(image)).mean((2, 3))
+        return self.out(torch.cat([image, F.relu(self.linear(vector))], 1))
+
+
+class TwoOutputs(nn.Module):
+    """Two heads; the features are returned as well and so must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv_bn(3, 6), conv_bn(6, 8)
+        self.classes, self.boxes = classifier(8), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x = F.relu(self.first(x))
+        features = F.relu(self.second(x))
+        return self.classes(features), {"boxes": self.boxes(x), "features": features}
+
+
+class CutInCode(nn.Module):
+    """Takes the first four channels by a number in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = conv_bn(3, 8), conv_bn(4, 7), conv_bn(7, 6)
+        self.head = classifier(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))[:, :4]
+        return self.head(F.relu(self.third(F.relu(self.second(x)))))
+
+
+class FixedView(nn.Module):
+    """Writes the number of channels into a view: the code then breaks on fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv_bn(3, 6), conv_bn(6, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.first(x)))).mean((2, 3))
+        return self.head(x.view(-1, 8))
+
+
+class Normed(nn.Module):
+    """Norms over the channels, whose statistics change with the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, 1, 1), nn.GroupNorm(2, 8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 6, 3, 1, 1), nn.LayerNorm(6)
+        self.hidden, self.out = nn.Linear(6, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(F.relu(self.norm1(self.conv1(x))))
+        x = self.norm2(x.mean((2, 3)))
+        return self.out(F.gelu(self.hidden(x)))
+
+
+class Attention(nn.Module):
+    """Softmax attention written by hand, beside an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.project = nn.Linear(4, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down, self.out = nn.Linear(8, 11), nn.Linear(11, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.project(mixed.transpose(1, 2).reshape(n, t, c))
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.out(x.mean(1))
+
+
+class Tokens(nn.Module):
+    """Patches become tokens beside a class token, with positions added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 6, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.positions = nn.Parameter(torch.randn(1, 5, 6))
+        self.up, self.down, self.out = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        x = x + self.down(F.relu(self.up(x)))
+        return self.out(x[:, 0])
+
+
+class Halves(nn.Module):
+    """Two convolutions read the unequal parts of one output; one part skips to the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.left, self.right = conv_bn(3, 9), conv_bn(3, 5), conv_bn(6, 6)
+        self.head = classifier(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.conv(x)).split((3, 6), 1)
+        return self.head(torch.cat([F.relu(self.left(left)), F.relu(self.right(right))], 1))
+
+
+class Unflattened(nn.Module):
+    """Split into parts and unflattened by sizes that the code computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 12, 3), nn.Conv2d(6, 8, 1)
+        self.head = classifier(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        left, right = x.split(x.shape[1] // 2, 1)
+        x = self.mix(F.relu(left) * right)
+        x = x.unflatten(1, (2, x.shape[1] // 2)).transpose(1, 2).flatten(1, 2)
+        return self.head(F.relu(x))
+
+
+class Nested(nn.Module):
+    """Residual blocks inside nested containers, and a shortcut around them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 6)
+        self.stage = nn.Sequential(nn.Sequential(Residual(6, 6)), Residual(6, 6))
+        self.mix, self.head = nn.Conv2d(6, 6, 1), classifier(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(self.mix(self.stage(x)) + x))
+
+
+class Upsampled(nn.Module):
+    """Down, up and joined again, as in a U-Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep = conv_bn(3, 6), conv_bn(6, 8, 3, 2)
+        self.up, self.out = nn.Upsample(scale_factor=2), nn.Conv2d(14, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = F.relu(self.first(x))
+        deep = self.up(F.relu(self.deep(skip)))
+        return self.out(torch.cat([skip, deep], 1))
