@@ -45,7 +45,7 @@ class Obs:
         samples: Output positions per layer and batch used at most.
     """
 
-    images: int = 1024
+    images: int = 512
     samples: int = 8192
     summary: ClassVar[str] = (
         "reconstruction error, greedily with refitting (Optimal Brain Surgeon)"
@@ -80,7 +80,7 @@ class ObsPerMac:
         samples: Output positions per layer and batch used at most.
     """
 
-    images: int = 1024
+    images: int = 512
     samples: int = 8192
     summary: ClassVar[str] = "reconstruction error added per MAC saved, in the order of obs"
     paper: ClassVar[str] = "Hassibi & Stork 1993; Kurtic et al., NeurIPS 2023, arXiv:2302.04089"
@@ -224,6 +224,10 @@ class _Reader:
     def costs(self, units: Tensor) -> Tensor:
         """Returns the error that each unit's removal adds, shape (len(units),)."""
         index = self.features[units]
+        if index.shape[1] == 1:  # no spatial taps: the blocks are the diagonal
+            line = index.squeeze(1)
+            single: Tensor = self.weight[:, line].square().sum(0) / self.inverse.diagonal()[line]
+            return single
         blocks = self.inverse[index[:, :, None], index[:, None, :]]
         weights = self.weight[:, index].movedim(0, -1)
         costs: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))

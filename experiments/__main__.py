@@ -190,10 +190,10 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a subnetwork with its model card, after rebuilding, measuring and reloading it."""
-    from paretoprune.experiments import exporting
+    from paretoprune.experiments import export_command
 
-    choice = exporting.Choice(trial, max_flops)
-    exporting.export_run(run, choice, to, formats=formats, runs_dir=runs_dir, quiet=quiet)
+    choice = export_command.Choice(trial, max_flops)
+    export_command.export_run(run, choice, to, formats=formats, runs_dir=runs_dir, quiet=quiet)
 
 
 @app.command(epilog="Example: [bold]paretoprune criteria[/bold]")

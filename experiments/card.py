@@ -189,6 +189,28 @@ def _origin(facts: CardFacts) -> str:
     )
 
 
+def verdict(directory: Path, dense: Measured, small: Measured) -> str:
+    """Returns what was verified, in a few lines."""
+    lines = [
+        f"{directory}: reloaded, and its outputs equal those of the network in memory",
+        f"MACs     {small.cost.macs:,} of {dense.cost.macs:,} "
+        f"({format_percent(small.cost.macs / dense.cost.macs)})",
+        f"params   {small.cost.params:,} of {dense.cost.params:,} "
+        f"({format_percent(small.cost.params / dense.cost.params)})",
+    ]
+    for split, before, after in (
+        ("search split", dense.search, small.search),
+        ("test split", dense.test, small.test),
+    ):
+        if before is not None and after is not None and "accuracy" in after:
+            lines.append(
+                f"accuracy {format_percent(after['accuracy'], 2)} on the {split} "
+                f"(dense {format_percent(before['accuracy'], 2)})"
+            )
+    lines.append(f"latency  {small.latency} (dense {dense.latency})")
+    return "\n".join(lines)
+
+
 def weights_bytes(directory: Path) -> int:
     """Returns the size of the weights of an export."""
     return (directory / "model.safetensors").stat().st_size

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from paretoprune.criteria import CRITERIA
 from paretoprune.experiments import runs
 from paretoprune.experiments.counting import thop_macs
-from paretoprune.experiments.inspection import check_reachable, quietly_traced
 from paretoprune.experiments.progress import (
     SearchProgress,
     long_step,
@@ -30,6 +29,7 @@ from paretoprune.experiments.units import parse_flops
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Problem, SearchInterrupted, checks, read_run
 from paretoprune.search import search as run_search
+from paretoprune.surgery import trace
 
 DENSE_FILE = "dense.safetensors"
 """In the run folder: the dense weights, where they came from no file."""
@@ -68,7 +68,7 @@ class SearchOptions:
             flops=parse_flops(self.flops),
             trials=self.trials,
             criteria=names,
-            data=_absolute(self.data),
+            data=_anchored(self.data),
             weights=_absolute(self.weights),
             sampler=self.sampler,
             seed=self.seed,
@@ -77,12 +77,15 @@ class SearchOptions:
         )
 
 
-def _absolute(reference: str | None) -> str | None:
-    """Returns a reference with its path made absolute, so that other folders can resume."""
-    if reference is None:
-        return None
-    kind, colon, path = reference.rpartition(":")
-    return f"{kind}{colon}{Path(path).resolve()}" if Path(path).exists() else reference
+def _anchored(data: str | None) -> str | None:
+    """Returns a data reference with its folder made absolute, so that any folder can resume."""
+    kind, colon, path = (data or "").partition(":")
+    return f"{kind}:{Path(path).resolve()}" if colon and Path(path).is_dir() else data
+
+
+def _absolute(weights: str | None) -> str | None:
+    """Returns the path of weights made absolute; a library's own have a name and no path."""
+    return str(Path(weights).resolve()) if weights and Path(weights).is_file() else weights
 
 
 def search(options: SearchOptions, *, run: str | None, runs_dir: Path, quiet: bool) -> str:
@@ -91,7 +94,7 @@ def search(options: SearchOptions, *, run: str | None, runs_dir: Path, quiet: bo
     if run is not None:
         runs.check_name(runs_dir, run)
     problem = problem_of(spec, quiet)
-    check_reachable(quietly_traced(problem.model, problem.example_inputs), spec.flops)
+    checks.check_reachable(trace(problem.model, problem.example_inputs), spec.flops)
     name = run or runs.default_name(runs_dir, problem.name, spec.flops)
     folder = runs.create_run(runs_dir, name, spec)
     try:

@@ -10,10 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 import typer
 from rich.console import Console
 
-from paretoprune.experiments import commands, exporting, models
+from paretoprune.experiments import commands, export_command, models
 from paretoprune.experiments.data import load_data
 from paretoprune.experiments.units import format_percent
 from paretoprune.search import evaluate
@@ -25,6 +26,7 @@ FLOPS, TRIALS = "50%", 48
 
 def main() -> int:
     """Runs the demo and returns its exit status."""
+    torch.set_num_threads(1)  # a network as small as this one only waits for other threads
     say = Console(highlight=False).rule
     say(f"1 of 3  search: digits, {FLOPS} of the FLOPs, {TRIALS} trials")
     options = commands.SearchOptions("digits", FLOPS, trials=TRIALS)
@@ -34,8 +36,10 @@ def main() -> int:
         return stop.exit_code
     say(f"2 of 3  export the best to {EXPORT}")
     shutil.rmtree(EXPORT, ignore_errors=True)  # of an earlier demo
-    choice = exporting.Choice()
-    exporting.export_run(run, choice, EXPORT, formats="safetensors", runs_dir=RUNS, quiet=False)
+    choice = export_command.Choice()
+    export_command.export_run(
+        run, choice, EXPORT, formats="safetensors", runs_dir=RUNS, quiet=False
+    )
     say("3 of 3  load it and check")
     _check(EXPORT)
     typer.echo(f"\nopen the front in the MLflow UI:  paretoprune ui {run} --open")

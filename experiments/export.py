@@ -19,17 +19,14 @@ from paretoprune.experiments.card import CardFacts, Measured, model_card, weight
 from paretoprune.experiments.counting import thop_macs
 from paretoprune.experiments.latency import Latency, conditions, measure_latency
 from paretoprune.experiments.runs import library_versions
-from paretoprune.experiments.units import format_percent
 from paretoprune.search import Completed, Problem, Record
-from paretoprune.search.evaluation import Moved, on_device
-from paretoprune.search.metrics import device_of, evaluate, forward
+from paretoprune.search.evaluation import Evaluator
+from paretoprune.search.metrics import evaluate, forward
 from paretoprune.surgery import (
     Cost,
     PruningGraph,
     PruningPlan,
-    Reconstructor,
     load,
-    prune,
     save,
     trace,
 )
@@ -112,7 +109,7 @@ def export(
         raise ValueError(f"trial {record.number} did not complete, so there is no network of it.")
     progress("rebuilding the network")
     graph = trace(problem.model, problem.example_inputs)
-    small = _rebuild(problem, graph, record.plan, seed)
+    small = Evaluator(problem, graph).network(record.plan, seed)
     search_metrics = evaluate(small, problem.validation, problem.loss)
     _check_metrics(record, record.outcome, search_metrics)
     dense, small = copy.deepcopy(problem.model).cpu().eval(), small.cpu().eval()
@@ -141,38 +138,6 @@ def export(
         progress("loading it again and comparing outputs")
         _check_reloaded(problem, folder, small)
     return Exported(directory, small, *measured)
-
-
-def _rebuild(problem: Problem, graph: PruningGraph, plan: PruningPlan, seed: int) -> nn.Module:
-    """Returns the network of a plan as the search's `Evaluator` makes it."""
-    model = on_device(problem.model)
-    calibration = Moved(problem.calibration, device_of(model))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Reconstructor(model, graph, calibration)(prune(model, graph, plan), plan)
-
-
-def verdict(done: Exported) -> str:
-    """Returns what was verified, in a few lines."""
-    dense, small = done.dense, done.small
-    lines = [
-        f"{done.directory}: reloaded, and its outputs equal those of the network in memory",
-        f"MACs     {small.cost.macs:,} of {dense.cost.macs:,} "
-        f"({format_percent(small.cost.macs / dense.cost.macs)})",
-        f"params   {small.cost.params:,} of {dense.cost.params:,} "
-        f"({format_percent(small.cost.params / dense.cost.params)})",
-    ]
-    for split, before, after in (
-        ("search split", dense.search, small.search),
-        ("test split", dense.test, small.test),
-    ):
-        if before is not None and after is not None and "accuracy" in after:
-            lines.append(
-                f"accuracy {format_percent(after['accuracy'], 2)} on the {split} "
-                f"(dense {format_percent(before['accuracy'], 2)})"
-            )
-    lines.append(f"latency  {small.latency} (dense {dense.latency})")
-    return "\n".join(lines)
 
 
 def batch_size(example_inputs: Any) -> int:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,45 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from paretoprune.criteria import smallest_macs, target_macs
+from paretoprune.criteria import smallest_macs
 from paretoprune.experiments.progress import long_step, progress_console, results_console
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.references import LIBRARIES, library_network
 from paretoprune.experiments.training import Progress
 from paretoprune.experiments.units import format_count, format_percent
-from paretoprune.surgery import InfeasibleBudget, PrunableGroup, PruningGraph, PruningPlan, trace
-
-
-def quietly_traced(model: nn.Module, example_inputs: Any) -> PruningGraph:
-    """Returns the graph of a network; where there is none, the error alone speaks.
-
-    `torch.export` prints its half-made graph and logs warnings before it raises.
-
-    Raises:
-        UnsupportedModel: If the network cannot be traced.
-    """
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return trace(model, example_inputs)
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def check_reachable(graph: PruningGraph, flops: float | int) -> None:
-    """Verifies a FLOPs target before anything is measured.
-
-    Raises:
-        InfeasibleBudget: If no plan meets it; names the smallest reachable MACs.
-        ValueError: If it is more than the dense network has.
-    """
-    target, dense = target_macs(graph, flops), graph.cost().macs
-    smallest = smallest_macs(graph, tuple(graph.blocks))
-    if smallest > target:
-        raise InfeasibleBudget(
-            f"the target of {target:,} MACs ({target / dense:.2%} of the dense network) cannot be "
-            f"reached: the smallest reachable is {smallest:,} MACs ({smallest / dense:.2%})."
-        )
+from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan, trace
 
 
 def inspection(graph: PruningGraph) -> dict[str, Any]:
@@ -173,7 +138,7 @@ def inspect(
     """Prints what can be pruned in a recipe's or library's network, as a table or as JSON."""
     with long_step(progress_console(), f"Tracing {model}", quiet=as_json) as progress:
         network, inputs = _network(model, data, weights, seed, progress)
-        facts = inspection(quietly_traced(network, inputs))
+        facts = inspection(trace(network, inputs))
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:

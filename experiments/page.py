@@ -17,7 +17,7 @@ from paretoprune.experiments.summary import (
     steps,
     value_of,
 )
-from paretoprune.experiments.tables import Row
+from paretoprune.experiments.tables import NUMBERS, WORDS, Row, dense_numbers, numbers, words
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.experiments.view import SearchView
 
@@ -176,9 +176,9 @@ def _landmarks(figure: Any, view: SearchView, name: str, at: int) -> None:
     figure.add_vline(x=target, line={"color": BUDGET, "width": 1.5, "dash": "dash"}, row=at, col=1)
     if at == 1:
         figure.add_annotation(
-            x=target, y=0.01, yref="y domain", yanchor="bottom", xanchor="right", xshift=-5,
+            x=target, y=0.01, yref="y domain", yanchor="bottom", xanchor="left", xshift=5,
             text=f"budget {target:.4g} %", font={"color": BUDGET, "size": 12}, showarrow=False,
-            bgcolor="white", row=at, col=1,
+            row=at, col=1,
         )  # fmt: skip
     if name == "accuracy":
         figure.update_yaxes(range=list(accuracy_range(view)), ticksuffix=" %", row=at, col=1)
@@ -203,40 +203,16 @@ def _dense(figure: Any, view: SearchView, value: float, at: int) -> None:
 
 
 def _table(view: SearchView) -> str:
-    heads = ("trial", "MACs", "share", "params", "loss", "accuracy")
-    words = ("criterion", "allocation", "blocks removed")
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    head += "".join(f"<th class=word>{name}</th>" for name in words)
-    dense = view.dense_metrics
-    lines = [
-        _line(
-            ["dense", format_count(view.dense.macs), "100.0 %", format_count(view.dense.params),
-             *_values(dense.get("loss"), dense.get("accuracy"))],
-            ["–", "–", "–"], "dense",
-        )
-    ]  # fmt: skip
-    lines += [
-        _line(
-            [str(row.trial), format_count(row.macs), format_percent(row.macs_ratio),
-             format_count(row.params), *_values(row.loss, row.accuracy)],
-            [row.criterion, row.allocation + (" (one-shot)" if row.origin == "seed" else ""),
-             ", ".join(row.removed) or "none"],
-        )
-        for row in view.front_rows
-    ]  # fmt: skip
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    head = "".join(f"<th>{name}</th>" for name in NUMBERS)
+    head += "".join(f"<th class=word>{name}</th>" for name in WORDS)
+    dense = _line(dense_numbers(view.dense, view.dense_metrics), ["–", "–"], "dense")
+    lines = [_line(numbers(row), words(row, most_blocks=99)) for row in view.front_rows]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{dense}{''.join(lines)}</tbody></table>"
 
 
-def _values(loss: float | None, accuracy: float | None) -> list[str]:
-    return [
-        "–" if loss is None else f"{loss:.4f}",
-        "–" if accuracy is None else format_percent(accuracy, 2),
-    ]
-
-
-def _line(numbers: Sequence[str], words: Sequence[str], style: str = "") -> str:
-    cells = "".join(f"<td>{escape(text)}</td>" for text in numbers)
-    cells += "".join(f"<td class=word>{escape(text)}</td>" for text in words)
+def _line(counted: Sequence[str], named: Sequence[str], style: str = "") -> str:
+    cells = "".join(f"<td>{escape(text)}</td>" for text in counted)
+    cells += "".join(f"<td class=word>{escape(text)}</td>" for text in named)
     return f"<tr class='{style}'>{cells}</tr>"
 
 

@@ -121,7 +121,8 @@ def _dense_line(axis: Axes, value: float) -> None:
         va="bottom",
         fontsize=8.5,
         color=DENSE,
-    )
+        clip_on=True,
+    ).set_in_layout(False)
 
 
 def _log_scale(axis: Axes) -> None:

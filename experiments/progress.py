@@ -181,7 +181,7 @@ class SearchProgress:
     def _render(self, view: SearchView) -> RenderableType:
         facts = Table.grid(padding=(0, 2))
         done = len(view.records)
-        bar = ProgressBar(total=self._trials, completed=done, width=40)
+        bar = ProgressBar(total=self._trials, completed=done, width=40, complete_style="blue")
         facts.add_row("trials", bar, f"{done}/{self._trials}  {self._pace(view)}")
         lines: list[RenderableType] = [Text(self._opening(view), style="bold"), facts]
         best = _best_row(view)

@@ -69,6 +69,7 @@ def tracked(runs_dir: Path, name: str | None) -> Tracked:
         file = folder / TRACKING_FILE
         if file.exists():
             where = json.loads(file.read_text())
+            _check_database(where["uri"], candidate)
             return Tracked(candidate, where["uri"], where["experiment"], where["run"], spec.id)
     if name is not None:
         raise ValueError(
@@ -78,6 +79,15 @@ def tracked(runs_dir: Path, name: str | None) -> Tracked:
         f"{runs_dir} holds no run to show; start one with `paretoprune search`, or name the "
         f"folder of your runs with --runs-dir."
     )
+
+
+def _check_database(uri: str, name: str) -> None:
+    """Verifies that a database file is there; MLflow would begin a new one without a word."""
+    file = uri.removeprefix("sqlite:///")
+    if file != uri and not Path(file).exists():
+        raise ValueError(
+            f"the MLflow database {file} is not there; `paretoprune resume {name}` writes it anew."
+        )
 
 
 def check_port(port: int) -> None:

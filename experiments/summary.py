@@ -32,7 +32,8 @@ def _beside(row: Row, view: SearchView) -> str:
 
 def counts(view: SearchView) -> str:
     """Returns how the trials ended, such as `96 trials completed, 4 infeasible`."""
-    parts = [f"{len(view.rows)} trials completed"]
+    done = len(view.rows)
+    parts = [f"{done} trial{'' if done == 1 else 's'} completed"]
     parts += [
         f"{number} {word}"
         for word, number in (
@@ -101,8 +102,9 @@ def accuracy_range(view: SearchView) -> tuple[float, float]:
     """
     front = [value_of(row, "accuracy") for row in view.front_rows]
     every = sorted(value_of(row, "accuracy") for row in view.rows)
-    top = max(*every, 100 * view.dense_metrics.get("accuracy", 0.0))
-    low = min(*front, every[len(every) // 4])
+    dense = 100 * view.dense_metrics.get("accuracy", front[0] / 100)
+    top = max(*every, dense)
+    low = min(*front, dense, every[len(every) // 4])
     margin = 0.06 * max(top - low, 1.0)
     return max(0.0, low - margin), top + margin
 

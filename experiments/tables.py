@@ -100,6 +100,44 @@ def front_csv(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
+NUMBERS = ("trial", "MACs", "share", "params", "loss", "accuracy")
+WORDS = ("criterion and allocation", "blocks removed")
+"""Heads of a table of the front: first the columns of `numbers`, then those of `words`."""
+
+
+def numbers(row: Row) -> list[str]:
+    """Returns a row's cells under `NUMBERS`."""
+    return [
+        str(row.trial),
+        format_count(row.macs),
+        format_percent(row.macs_ratio),
+        format_count(row.params),
+        *_quality(row.loss, row.accuracy),
+    ]
+
+
+def dense_numbers(dense: Cost, metrics: Mapping[str, float]) -> list[str]:
+    """Returns the dense network's cells under `NUMBERS`."""
+    quality = _quality(metrics.get("loss"), metrics.get("accuracy"))
+    return ["dense", format_count(dense.macs), "100.0 %", format_count(dense.params), *quality]
+
+
+def words(row: Row, most_blocks: int) -> list[str]:
+    """Returns a row's cells under `WORDS`, with at most so many blocks by name."""
+    decided = f"{row.criterion} {row.allocation}" + (" one-shot" if row.origin == "seed" else "")
+    named = row.removed[:most_blocks]
+    if len(row.removed) > most_blocks:
+        named = (*row.removed[: most_blocks - 1], f"{len(row.removed) - most_blocks + 1} more")
+    return [decided, ", ".join(named) or "none"]
+
+
+def _quality(loss: float | None, accuracy: float | None) -> list[str]:
+    return [
+        "–" if loss is None else f"{loss:.4f}",
+        "–" if accuracy is None else format_percent(accuracy, 2),
+    ]
+
+
 def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, float]) -> Table:
     """Returns a table of at most 100 columns with the dense network as its first line.
 
@@ -109,39 +147,14 @@ def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, fl
         dense_metrics: Its `loss` and `accuracy` on the search split.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("trial", "MACs", "share", "params", "loss", "accuracy"):
+    for name in NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("criterion and allocation", "blocks removed"):
+    for name in WORDS:
         table.add_column(name)
-    whole = [format_count(dense.macs), "100.0 %", format_count(dense.params)]
-    quality = [_loss(dense_metrics.get("loss")), _share(dense_metrics.get("accuracy"))]
-    table.add_row("dense", *whole, *quality, "–", "–", style="dim")
+    table.add_row(*dense_numbers(dense, dense_metrics), "–", "–", style="dim")
     for row in rows:
-        table.add_row(
-            str(row.trial),
-            format_count(row.macs),
-            format_percent(row.macs_ratio),
-            format_count(row.params),
-            _loss(row.loss),
-            _share(row.accuracy),
-            f"{row.criterion} {row.allocation}" + (" one-shot" if row.origin == "seed" else ""),
-            _names(row.removed),
-        )
+        table.add_row(*numbers(row), *words(row, most_blocks=2))
     return table
-
-
-def _names(removed: tuple[str, ...]) -> str:
-    if len(removed) > 2:
-        return f"{removed[0]} and {len(removed) - 1} more"
-    return ", ".join(removed) or "none"
-
-
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else format_percent(value, 2)
 
 
 def pruning_ratios(

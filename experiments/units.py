@@ -55,7 +55,7 @@ def format_target(target: float | int) -> str:
     for suffix in ("G", "M", "k"):
         scale = _SUFFIXES[suffix]
         if target >= scale and target % (scale // 100) == 0:
-            return f"{target / scale:.10g}{suffix}"
+            return f"{target / scale:.15g}{suffix}"
     return str(target)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from paretoprune.criteria import CRITERIA, Criterion
+from paretoprune.criteria import CRITERIA, Criterion, smallest_macs, target_macs
 from paretoprune.search.metrics import device_of, evaluating, forward
 from paretoprune.search.objectives import MEASURED
 from paretoprune.search.problem import Batch, Problem
+from paretoprune.surgery import InfeasibleBudget, PruningGraph
 
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random")
 """Names of the samplers, all of Optuna."""
@@ -139,3 +140,24 @@ def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
             ) from error
     if value != value:
         raise ValueError(f"the loss of the dense network on problem.{name} is not a number.")
+
+
+def check_reachable(graph: PruningGraph, flops: float | int) -> int:
+    """Returns a FLOPs target in MACs, verified before anything is measured.
+
+    Args:
+        graph: The dense network's graph.
+        flops: Share of the dense MACs (float) or MACs (int).
+
+    Raises:
+        InfeasibleBudget: If no plan meets it; names the smallest reachable MACs.
+        ValueError: If it is more than the dense network has.
+    """
+    target, dense = target_macs(graph, flops), graph.cost().macs
+    smallest = smallest_macs(graph, tuple(graph.blocks))
+    if smallest > target:
+        raise InfeasibleBudget(
+            f"the target of {target:,} MACs ({target / dense:.2%} of the dense network) cannot be "
+            f"reached: the smallest reachable is {smallest:,} MACs ({smallest / dense:.2%})."
+        )
+    return target

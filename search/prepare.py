@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from paretoprune.criteria import Criterion, target_macs
+from paretoprune.criteria import Criterion
 from paretoprune.search.candidate import Candidate
+from paretoprune.search.checks import check_reachable
 from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.listener import SearchInfo
 from paretoprune.search.metrics import device_of, evaluate
@@ -87,7 +88,7 @@ def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> P
     model = on_device(problem.model)
     calibration = Moved(problem.calibration, device_of(model))
     graph = trace(problem.model, problem.example_inputs)
-    target = target_macs(graph, request.flops)
+    target = check_reachable(graph, request.flops)
     scores = saliencies(request.criteria, model, graph, calibration, folder / SALIENCIES)
     blocks = study.notes.get("blocks")
     if blocks is None:

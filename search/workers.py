@@ -132,9 +132,11 @@ class _TuneSearch(TuneSearcher):
         self._workers = workers
         self._running: dict[str, Task] = {}
         self._failures: dict[str, str] = {}
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def suggest(self, trial_id: str) -> Any:
+        if self._error is not None:
+            raise self._error  # Tune carries on after an error in `on_trial_complete`
         if self._searcher.done:
             return self.FINISHED
         if len(self._running) >= self._workers:
@@ -149,7 +151,7 @@ class _TuneSearch(TuneSearcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         task = self._running.pop(trial_id, None)
-        if task is None:
+        if task is None or self._error is not None:
             return
         if result is not None and "outcome" in result:
             outcome = outcome_from_json(json.loads(result["outcome"]))
@@ -186,9 +188,10 @@ class _TuneSearch(TuneSearcher):
         try:
             yield
         except Exception:
-            if self._error is not None:
-                raise self._error from None
-            raise
+            if self._error is None:
+                raise
+        if self._error is not None:
+            raise self._error
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study has it all."""

@@ -19,6 +19,7 @@ SHAPE_ATTRIBUTES: Mapping[type[nn.Module], tuple[str, ...]] = MappingProxyType(
         nn.GroupNorm: ("num_groups", "num_channels"),
         nn.LayerNorm: ("normalized_shape",),
         nn.Embedding: ("num_embeddings", "embedding_dim"),
+        nn.PReLU: ("num_parameters",),
         _ConstantPadNd: ("padding",),
     }
 )
@@ -51,6 +52,8 @@ def follow_weights(module: nn.Module) -> None:
         tensor = module.weight if module.weight is not None else module.running_mean
         if tensor is not None:
             module.num_features = len(tensor)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
     elif isinstance(module, nn.GroupNorm) and module.weight is not None:
         module.num_groups = module.num_groups * len(module.weight) // module.num_channels
         module.num_channels = len(module.weight)

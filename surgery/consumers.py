@@ -61,6 +61,7 @@ def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
     """Returns the layers that can be refitted, by node name in execution order.
 
     A layer whose weight is used twice is left out: two sites cannot be fitted one after another.
+    So is a convolution padded to the same size with an even kernel, whose sides differ.
     """
     program = graph.program
     users = program.users()
@@ -95,6 +96,8 @@ def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
             continue
         bias = parameter(node.args[2]) if len(node.args) > 2 else None
         geometry = _geometry(node, program.nodes[node.args[1].name].shape)
+        if geometry is None:
+            continue
         after = only_user(node.name)
         norm = None
         if after is not None and _operator(after) == "batch_norm" and not after.args[5]:
@@ -157,7 +160,8 @@ def _ahead(
     return tuple(dict.fromkeys([*steps, name]))
 
 
-def _geometry(node: Node, weight: Any) -> Geometry:
+def _geometry(node: Node, weight: Any) -> Geometry | None:
+    """Returns how a layer reads its input, or None if its padding differs between two sides."""
     rank = _LAYERS[_operator(node)]
     if rank == 0:
         return Geometry((), (), (), (), 1)
@@ -167,11 +171,13 @@ def _geometry(node: Node, weight: Any) -> Geometry:
         if value == "valid":
             return (0,) * rank
         if value == "same":
-            dilation = argument(5, 1)
-            return tuple(d * (k - 1) // 2 for d, k in zip(dilation, weight[2:], strict=True))
+            return tuple(width // 2 for width in reach)
         sizes = (value,) if isinstance(value, int) else tuple(value)
         return sizes * rank if len(sizes) == 1 else sizes
 
+    reach = [d * (k - 1) for d, k in zip(argument(5, 1), weight[2:], strict=True)]
+    if len(node.args) > 4 and node.args[4] == "same" and any(width % 2 for width in reach):
+        return None
     groups = int(node.args[6]) if len(node.args) > 6 else 1
     return Geometry(tuple(weight[2:]), argument(3, 1), argument(4, 0), argument(5, 1), groups)
 

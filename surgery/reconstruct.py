@@ -94,8 +94,8 @@ class Reconstructor:
         tensors = dict([*result.named_parameters(), *result.named_buffers()])
         mask = self._graph.kept_mask(plan)
         changed = {self._graph.extents[name].result for name in plan.removed}
+        total = sum(consumer.weight in tensors for consumer in self._consumers.values())
         done = 0
-
         execution = Execution(self._graph, plan)
 
         def before(node: Node, values: Values) -> None:
@@ -113,7 +113,7 @@ class Reconstructor:
                 self._refit(consumer, tensors, known, kept)
                 changed.add(node.name)
             if progress is not None:
-                progress(done, len(self._consumers))
+                progress(done, total)
 
         def after(node: Node, values: Values) -> None:
             if any(name in changed for name in node.refs()):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from paretoprune.surgery.plan import PruningPlan
 SCHEMA = 1
 """Version of the form of plan.json."""
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
-_TRUSTED = ("torchvision:", "timm:", "paretoprune.")
+_TRUSTED = re.compile(r"(torchvision|timm|paretoprune\.experiments\.models):[\w.]+")
 
 
 def save(
@@ -50,10 +52,10 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     state = _unique_state(small)
     save_file(state, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes a file for its owner alone
     layers = {
         name: {key: _plain(getattr(module, key)) for key in attribute_names(module)}
-        for name, module in small.named_modules()
-        if attribute_names(module)
+        for name, module in _sized_layers(small).items()
     }
     described = {
         "schema": SCHEMA,
@@ -78,8 +80,8 @@ def load(
     Args:
         directory: What `save` wrote.
         dense: A function that builds the dense network (its weights do not matter), or a
-            reference to one as for `save`; None uses the recorded reference if it is one of
-            torchvision, timm or paretoprune. Other code is never imported unless named here.
+            reference to one as for `save`; None uses the recorded reference if it names a network
+            of torchvision, timm or paretoprune. Other code never runs unless named here.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -132,6 +134,11 @@ def read_plan(directory: str | Path) -> dict[str, Any]:
     return described
 
 
+def _sized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers that have attributes surgery may rewrite, by name."""
+    return {name: module for name, module in model.named_modules() if attribute_names(module)}
+
+
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns the state dict with tied tensors once, contiguous, on the CPU."""
     state: dict[str, Tensor] = {}
@@ -146,15 +153,36 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 def _dense(dense: Callable[[], nn.Module] | str | None, described: dict[str, Any]) -> nn.Module:
     if dense is None:
         reference = described["reference"]
-        if not isinstance(reference, str) or not reference.startswith(_TRUSTED):
+        if not isinstance(reference, str) or not _TRUSTED.fullmatch(reference):
             raise ValueError(
                 f"the export names the architecture {reference!r}, which is not imported unless "
                 f"you say so: pass the function that builds it, or this reference."
             )
+        _check_arguments(described["arguments"])
         dense = reference
     if isinstance(dense, str):
         return build(dense, described["arguments"])
-    return dense()
+    return _module(dense(), dense)
+
+
+def _check_arguments(arguments: Any) -> None:
+    """Refuses what could make a library fetch or unpickle weights: paths, settings, names."""
+    if not isinstance(arguments, dict):
+        raise ValueError(f"arguments are given by name, but the export has {arguments!r}.")
+    for name, value in arguments.items():
+        if name == "pretrained" or not isinstance(value, (bool, int, float, NoneType)):
+            raise ValueError(
+                f"the export passes {name}={value!r} to its architecture, and only numbers are "
+                f"passed on unless you say so: pass the reference or the function that builds it."
+            )
+
+
+def _module(network: Any, source: Any) -> nn.Module:
+    if not isinstance(network, nn.Module):
+        raise UnsupportedModel(
+            f"{source!r} returns {type(network).__name__}, but an nn.Module is needed."
+        )
+    return network
 
 
 def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -178,11 +206,7 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
             network = getattr(importlib.import_module(source), name)(**arguments)
     except (ImportError, AttributeError, ValueError, RuntimeError, TypeError) as error:
         raise UnsupportedModel(f"cannot build {reference!r}: {error}.") from error
-    if not isinstance(network, nn.Module):
-        raise UnsupportedModel(
-            f"{reference!r} returns {type(network).__name__}, but an nn.Module is needed."
-        )
-    return network
+    return _module(network, reference)
 
 
 def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -190,11 +214,17 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
     for name in described["plan"]["removed"]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Identity())
+    layers = _sized_layers(model)
+    odd = sorted(set(layers) ^ set(described["layers"]))
+    if odd:
+        raise LookupError(f"layer {odd[0]!r} is in one of them only")
     for name, values in described["layers"].items():
-        module = model.get_submodule(name)
-        unknown = set(values) - set(attribute_names(module))
-        if unknown:
-            raise LookupError(f"layer {name!r} has no {', '.join(sorted(unknown))}")
+        module = layers[name]
+        if set(values) != set(attribute_names(module)):
+            raise LookupError(
+                f"layer {name!r} has the attributes {', '.join(attribute_names(module))} and not "
+                f"{', '.join(sorted(values))}"
+            )
         for key, value in values.items():
             setattr(module, key, tuple(value) if isinstance(value, list) else value)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])

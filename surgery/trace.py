@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from paretoprune.surgery.blocks import find_blocks
 from paretoprune.surgery.check import broken
 from paretoprune.surgery.cost import Factor, Polynomial, Term
+from paretoprune.surgery.export import export_program
 from paretoprune.surgery.graph import Extent, PruningGraph
 from paretoprune.surgery.groups import Block, ChannelSlice, PrunableGroup
 from paretoprune.surgery.labels import Labels
-from paretoprune.surgery.program import Program, export_program
+from paretoprune.surgery.program import Program
 from paretoprune.surgery.tracer import Tracer
 
 _SIZED = tuple(
@@ -69,7 +70,6 @@ def _form_groups(
     reasons = {"": 0} | {reason: _hash(generator) for reason in dict.fromkeys(frozen.values())}
     for root, why in frozen.items():
         signature[root] += reasons[why]
-    groups: dict[str, PrunableGroup] = {}
     members: dict[str, Tensor] = {}
     seen = torch.zeros(len(classes), dtype=torch.bool)
     seen[0] = True
@@ -77,14 +77,15 @@ def _form_groups(
         ids = axes[parameter, axis]
         for key in signature[ids[~seen[ids]]].unique_consecutive().tolist():
             roots = _ordered_unique(ids[(signature[ids] == key) & ~seen[ids]])
-            if not len(roots):
-                continue
-            seen[roots] = True
-            name = _unused(parameter.rpartition(".")[0] or parameter, groups)
-            lone = "all its channels are one unit" if len(roots) == 1 else None
-            reason = frozen.get(int(roots[0]), lone)
-            groups[name] = PrunableGroup(name, len(roots), _slices(axes, roots), reason)
-            members[name] = roots
+            if len(roots):
+                seen[roots] = True
+                members[_unused(parameter.rpartition(".")[0] or parameter, members)] = roots
+    groups = {}
+    slices = _slices(axes, list(members.values()), len(classes))
+    for (name, roots), found in zip(members.items(), slices, strict=True):
+        lone = "all its channels are one unit" if len(roots) == 1 else None
+        reason = frozen.get(int(roots[0]), lone)
+        groups[name] = PrunableGroup(name, len(roots), found, reason)
     return groups, members
 
 
@@ -104,19 +105,24 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
     return unique
 
 
-def _slices(axes: Mapping[tuple[str, int], Tensor], roots: Tensor) -> tuple[ChannelSlice, ...]:
-    slices = []
-    size = int(max(int(roots.max()), *(int(ids.max()) for ids in axes.values()))) + 1
-    unit = torch.full((size,), -1, dtype=torch.int64)
-    unit[roots] = torch.arange(len(roots))
+def _slices(
+    axes: Mapping[tuple[str, int], Tensor], members: Sequence[Tensor], n_classes: int
+) -> list[tuple[ChannelSlice, ...]]:
+    """Returns the slices of every group, given the label classes of its units."""
+    owner = torch.full((n_classes,), -1, dtype=torch.int64)
+    unit = torch.zeros(n_classes, dtype=torch.int64)
+    for index, roots in enumerate(members):
+        owner[roots] = index
+        unit[roots] = torch.arange(len(roots))
+    slices: list[list[ChannelSlice]] = [[] for _ in members]
     for (parameter, axis), ids in axes.items():
-        units = unit[ids]
-        positions = (units >= 0).nonzero().squeeze(1)
-        if len(positions):
-            order = units[positions].argsort(stable=True)
-            table = positions[order].reshape(len(roots), -1).tolist()
-            slices.append(ChannelSlice(parameter, axis, tuple(tuple(row) for row in table)))
-    return tuple(slices)
+        owners = owner[ids]
+        for index in owners[owners >= 0].unique().tolist():
+            positions = (owners == index).nonzero().squeeze(1)
+            order = unit[ids[positions]].argsort(stable=True)
+            table = positions[order].reshape(len(members[index]), -1).tolist()
+            slices[index].append(ChannelSlice(parameter, axis, tuple(map(tuple, table))))
+    return [tuple(found) for found in slices]
 
 
 def _build(

@@ -29,7 +29,14 @@ from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.search import Problem, evaluate, search
 from paretoprune.search.evaluation import Evaluator
-from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan, prune, recalibrate, trace
+from paretoprune.surgery import (
+    InfeasibleBudget,
+    PruningGraph,
+    PruningPlan,
+    prune,
+    recalibrate,
+    trace,
+)
 
 RESULTS = Path(__file__).parents[1] / "results" / "resnet56-cifar10.csv"
 Row = dict[str, Any]

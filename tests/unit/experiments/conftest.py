@@ -54,7 +54,6 @@ class MadeUp:
             origin,
         )
 
-
     @staticmethod
     def view(*records: Record) -> SearchView:
         """Returns a view of these records."""

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from paretoprune.experiments.__main__ import app, main
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.runs import RunSpec, create_run
-from paretoprune.experiments.server import front_link, tracked, view_link
+from paretoprune.experiments.saved_view import front_link, view_link
+from paretoprune.experiments.server import tracked
 
 COMMANDS = ("inspect", "search", "resume", "front", "ui", "export", "criteria")
 MODULE = """
@@ -236,7 +237,7 @@ def test_criteria_name_their_papers(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("here")
 def test_the_ui_needs_a_free_port(capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs/taken/mlflow.json").write_text(
-        json.dumps({"uri": "sqlite:///x.db", "experiment": "1", "run": "abc"})
+        json.dumps({"uri": "sqlite:///digits.safetensors", "experiment": "1", "run": "abc"})
     )
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -244,6 +245,15 @@ def test_the_ui_needs_a_free_port(capsys: pytest.CaptureFixture[str]) -> None:
         port = other.getsockname()[1]
         assert main(["ui", "--port", str(port)]) == 2
     assert f"port {port} is in use; choose another with --port" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_database_that_is_gone_is_not_made_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/taken/mlflow.json").write_text(
+        json.dumps({"uri": "sqlite:////nowhere/mlflow.db", "experiment": "1", "run": "abc"})
+    )
+    assert main(["ui"]) == 2
+    assert "/nowhere/mlflow.db is not there" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("here")

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from paretoprune.experiments import export as exporting
+from paretoprune.experiments.card import verdict
 from paretoprune.experiments.counting import thop_macs
-from paretoprune.experiments.export import check_formats, export, verdict
+from paretoprune.experiments.export import check_formats, export
 from paretoprune.experiments.latency import Latency, measure_latency
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.search import Candidate, Completed, Failed, Problem, Record
@@ -87,7 +88,7 @@ def test_the_card_states_what_was_measured(
     assert 'load("PATH/OF/THIS/FOLDER")' in card
     plan = json.loads((tmp_path / "small" / "plan.json").read_text())
     assert plan["metrics"]["macs"] == done.small.cost.macs
-    assert "outputs equal" in verdict(done)
+    assert "outputs equal" in verdict(done.directory, done.dense, done.small)
     size = (tmp_path / "small" / "model.safetensors").stat().st_size
     assert abs(size - done.small.file_bytes) <= 64
 

@@ -72,6 +72,14 @@ def test_png_plots_are_drawn(view: SearchView, figure: object) -> None:
     assert out.getvalue().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("accuracy", [0.2, 0.99, 1.0])
+def test_one_trial_is_enough_for_a_plot(made_up: type[MadeUp], accuracy: float) -> None:
+    view = made_up.view(made_up.completed(0, 0.001, 400_000, accuracy=accuracy))
+    for figure in (plots.front_png, plots.ratios_png, plots.hypervolume_png):
+        figure(view).savefig(io.BytesIO())  # a plot that does not fit its page warns
+    assert "1 trial completed" in page.front_page(view)
+
+
 def test_a_problem_without_accuracy_is_plotted_by_loss(made_up: type[MadeUp]) -> None:
     view = made_up.view(
         made_up.completed(0, 0.3, 200_000, accuracy=None),

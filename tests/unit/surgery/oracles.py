@@ -79,7 +79,9 @@ def plans(graph: PruningGraph) -> st.SearchStrategy[PruningPlan]:
     """Draws plans over the open groups and the blocks."""
 
     def keep(size: int) -> st.SearchStrategy[tuple[int, ...]]:
-        return st.sets(st.integers(0, size - 1), min_size=1).map(lambda units: tuple(sorted(units)))
+        return st.sets(st.integers(0, size - 1), min_size=1).map(
+            lambda units: tuple(sorted(units))
+        )
 
     kept = st.fixed_dictionaries({}, optional={g.name: keep(g.size) for g in graph.open_groups})
     blocks = sorted(graph.blocks)
@@ -97,9 +99,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {
         "tensors": {name: (id(tensor), tensor.detach().clone()) for name, tensor in tensors},
-        "gradients": {
-            name: None if p.grad is None else p.grad.clone() for name, p in tensors
-        },
+        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in tensors},
         "required": {name: p.requires_grad for name, p in model.named_parameters()},
         "modes": {name: module.training for name, module in model.named_modules()},
         "hooks": {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -30,7 +30,13 @@ from tests.unit.surgery.oracles import (
 from tests.unit.surgery.specimens import ZOO, traced
 
 everything = pytest.mark.parametrize("name", ZOO)
-few = settings(max_examples=10, deadline=None, derandomize=True, database=None)
+few = settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # a failing plan is small as it is
+)
 
 
 @everything
@@ -103,8 +109,10 @@ def test_pruning_twice_is_pruning_once_by_the_joined_plan(name: str, data: Any) 
         group.name: len(first.kept.get(group.name, range(group.size)))
         for group in graph.groups.values()
     }
-    assert all(left[group.name] == group.size for group in again.open_groups)
-    second = data.draw(plans(again))
+    # A depthwise convolution of one channel is a plain one: such groups are others from then on.
+    kept = {g.name for g in again.open_groups if left.get(g.name) == g.size}
+    drawn = data.draw(plans(again))
+    second = PruningPlan({n: u for n, u in drawn.kept.items() if n in kept}, drawn.removed)
     twice, once = prune(small, again, second), prune(model, graph, first.then(second))
     assert repr(twice) == repr(once)
     for a, b in zip(outputs(twice, inputs), outputs(once, inputs), strict=True):
@@ -180,14 +188,14 @@ def test_a_plan_that_does_not_fit_is_refused_everywhere(plan: PruningPlan, sente
 
 def test_a_frozen_group_may_be_named_when_it_is_kept_whole() -> None:
     model, graph = traced("chain")
-    small = prune(model, graph, PruningPlan({"5.2": range(5)}))  # type: ignore[dict-item]
+    small = prune(model, graph, PruningPlan({"5.2": (0, 1, 2, 3, 4)}))
     assert repr(small) == repr(model)
 
 
 def test_hooks_travel_with_the_copy() -> None:
     model, graph = ZOO["mlp"].network(), traced("mlp")[1]
     calls: list[int] = []
-    model[0].register_forward_hook(lambda *_: calls.append(1))  # type: ignore[operator]
+    next(model.children()).register_forward_hook(lambda *_: calls.append(1))
     outputs(prune(model, graph, half(graph)), ZOO["mlp"].inputs())
     assert calls == [1]
 

@@ -99,12 +99,12 @@ def test_a_tied_parameter_counts_once_under_its_first_name() -> None:
 
 
 class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x if x.sum() > 0 else -x
 
 
 class Failing(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         raise KeyError("no such thing")
 
 
@@ -122,7 +122,7 @@ class Narrow(nn.Module):
         self.one, self.two, self.out = nn.Linear(4, 1), nn.Linear(1, 3), nn.Linear(3, 2)
         self.unused = nn.Linear(5, 5)
 
-    def forward(self, x: Tensor, scale: float = 1.0, shift: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0, shift: Tensor | None = None) -> Any:
         x = self.two(torch.relu(self.one(x)) * scale + torch.arange(1.0))
         return self.out(x if shift is None else x + shift)
 
@@ -143,7 +143,7 @@ class Skip(nn.Module):
         super().__init__()
         self.conv, self.norm = conv, nn.BatchNorm2d(6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + self.norm(torch.relu(self.conv(x)))
 
 
@@ -170,10 +170,10 @@ class Shifted(nn.Module):
             super().__init__()
             self.conv = nn.Conv2d(6, 6, 3, 1, 1)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return torch.relu(x + self.conv(x))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = torch.relu(self.stem(x)) * self.factor + self.shift
         return self.head(self.block(x).mean((2, 3)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +40,7 @@ class Residual(nn.Module):
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else conv_bn(inputs, outputs, 1, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
 
 
@@ -57,7 +59,7 @@ class PreActivation(nn.Module):
         self.bn1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, 7, 3, 1, 1)
         self.bn2, self.conv2 = nn.BatchNorm2d(7), nn.Conv2d(7, channels, 3, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         branch = self.conv1(F.relu(self.bn1(x)))
         return x + self.conv2(F.relu(self.bn2(branch)))
 
@@ -76,7 +78,7 @@ class SignedResidual(nn.Module):
         super().__init__()
         self.stem, self.block, self.head = nn.Conv2d(3, 6, 1), Residual(6, 6), classifier(6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(self.block(self.stem(x)))
 
 
@@ -92,7 +94,7 @@ class Dense(nn.Module):
         )
         self.head = classifier(13)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         features = self.stem(x)
         for layer in self.layers:
             features = torch.cat([features, layer(features)], 1)
@@ -128,7 +130,7 @@ class Excitation(nn.Module):
         self.conv, self.down, self.up = conv_bn(3, 8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
         self.head = classifier(8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.silu(self.conv(x))
         gate = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))))
         return self.head(x * gate)
@@ -151,7 +153,7 @@ class Padded(nn.Module):
         self.block = Residual(8, 8)
         self.head = classifier(8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.stem(x))
         branch = self.conv2(F.relu(self.conv1(x)))
         x = x[:, :, ::2, ::2]
@@ -169,7 +171,7 @@ class CalledTwice(nn.Module):
         self.second.weight = self.first.weight
         self.out = nn.Linear(9, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.conv(F.relu(self.conv(F.relu(self.stem(x))))))
         x = self.norm(x).amax((2, 3))
         return self.out(F.relu(self.second(F.relu(self.first(x)))))
@@ -183,7 +185,7 @@ class Gated(nn.Module):
         self.conv, self.out = conv_bn(3, 10), nn.Conv2d(5, 6, 1)
         self.head = classifier(6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         value, gate = self.conv(x).chunk(2, 1)
         return self.head(F.gelu(self.out(value * torch.sigmoid(gate))))
 
@@ -197,7 +199,7 @@ class Shuffled(nn.Module):
         self.mix = nn.Conv2d(12, 12, 3, groups=12)
         self.out, self.head = nn.Conv2d(12, 7, 1), classifier(7)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = torch.cat([F.relu(self.left(x)), self.right(x)], 1)
         n, c, h, w = x.shape
         x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
@@ -212,7 +214,7 @@ class Ruleless(nn.Module):
         self.first, self.second, self.third = conv_bn(3, 6), conv_bn(6, 7), conv_bn(7, 6)
         self.head = classifier(6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.second(F.relu(self.first(x))).cumsum(1))
         return self.head(F.relu(self.third(x)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +20,7 @@ class TorchAttention(nn.Module):
         self.embed, self.attention = nn.Linear(4, 8), nn.MultiheadAttention(8, 2, batch_first=True)
         self.up, self.down, self.out = nn.Linear(8, 11), nn.Linear(11, 8), nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.embed(x)
         x = x + self.attention(x, x, x, need_weights=False)[0]
         return self.out((x + self.down(F.relu(self.up(x)))).mean(1))
@@ -32,7 +34,7 @@ class Recurrent(nn.Module):
         self.embed, self.gru = nn.Linear(4, 6), nn.GRU(6, 7, batch_first=True)
         self.hidden, self.out = nn.Linear(7, 8), nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.out(F.relu(self.hidden(self.gru(self.embed(x))[0][:, -1])))
 
 
@@ -43,7 +45,7 @@ class Embedded(nn.Module):
         super().__init__()
         self.table, self.hidden, self.out = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         return self.out(F.relu(self.hidden(self.table(tokens).mean(1))))
 
 
@@ -54,7 +56,7 @@ class TiedTransposed(nn.Module):
         super().__init__()
         self.first, self.encoder, self.out = nn.Linear(4, 9), nn.Linear(9, 6), nn.Linear(9, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         code = F.relu(self.encoder(F.relu(self.first(x))))
         return self.out(F.linear(code, self.encoder.weight.t()))
 
@@ -66,7 +68,7 @@ class WrittenInPlace(nn.Module):
         super().__init__()
         self.first, self.second, self.head = conv_bn(3, 6), conv_bn(8, 7), classifier(7)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu_(self.first(x))
         wide = torch.zeros(len(x), 8, 8, 8)
         wide[:, :6] = x
@@ -81,7 +83,7 @@ class ZerosInCode(nn.Module):
         self.stem, self.conv1, self.conv2 = conv_bn(3, 6), conv_bn(6, 7), conv_bn(7, 9)
         self.head = classifier(9)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.stem(x))
         wide = torch.cat([x, torch.zeros(len(x), 3, 8, 8)], 1)
         return self.head(F.relu(self.conv2(F.relu(self.conv1(x))) + wide))
@@ -96,7 +98,7 @@ class Standardised(nn.Module):
         self.norm = parametrizations.weight_norm(nn.Conv2d(7, 8, 3))
         self.hidden, self.head = nn.Conv2d(8, 6, 1), classifier(6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         weight = self.conv.weight
         weight = weight - weight.mean((1, 2, 3), keepdim=True)
         x = F.conv2d(F.relu(self.stem(x)), weight, self.conv.bias)
@@ -111,7 +113,7 @@ class Multiplied(nn.Module):
         self.first, self.second, self.third = conv_bn(3, 6), conv_bn(3, 6), conv_bn(3, 7)
         self.hidden, self.out = nn.Linear(6, 8), nn.Linear(11, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         a, b, c = (f(x).flatten(2) for f in (self.first, self.second, self.third))
         product = torch.einsum("ncl,ndl->ncd", a, b)
         picked = c.mean(2)[:, [0, 2, 5]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,10 +19,10 @@ class Scaled(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
         self.scale = nn.Parameter(torch.rand(6, 1, 1))
         self.table = nn.Parameter(torch.randn(1, 6, 8, 8))
-        self.register_buffer("mean", torch.randn(1, 6, 1, 1))
+        self.mean = nn.Buffer(torch.randn(1, 6, 1, 1))
         self.head = classifier(6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.conv1(x) + self.table
         x = x + self.scale * self.conv2(F.relu(x))
         return self.head(F.relu(x - self.mean))
@@ -34,7 +36,7 @@ class TwoInputs(nn.Module):
         self.conv, self.linear = conv_bn(3, 6), nn.Linear(4, 7)
         self.out = nn.Linear(13, 5)
 
-    def forward(self, image: Tensor, vector: Tensor) -> Tensor:
+    def forward(self, image: Tensor, vector: Tensor) -> Any:
         image = F.relu(self.conv(image)).mean((2, 3))
         return self.out(torch.cat([image, F.relu(self.linear(vector))], 1))
 
@@ -61,7 +63,7 @@ class CutInCode(nn.Module):
         self.first, self.second, self.third = conv_bn(3, 8), conv_bn(4, 7), conv_bn(7, 6)
         self.head = classifier(6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.first(x))[:, :4]
         return self.head(F.relu(self.third(F.relu(self.second(x)))))
 
@@ -74,7 +76,7 @@ class FixedView(nn.Module):
         self.first, self.second = conv_bn(3, 6), conv_bn(6, 8)
         self.head = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.second(F.relu(self.first(x)))).mean((2, 3))
         return self.head(x.view(-1, 8))
 
@@ -88,7 +90,7 @@ class Normed(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(8, 6, 3, 1, 1), nn.LayerNorm(6)
         self.hidden, self.out = nn.Linear(6, 9), nn.Linear(9, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.conv2(F.relu(self.norm1(self.conv1(x))))
         x = self.norm2(x.mean((2, 3)))
         return self.out(F.gelu(self.hidden(x)))
@@ -102,7 +104,7 @@ class Attention(nn.Module):
         self.embed, self.qkv, self.project = nn.Linear(4, 8), nn.Linear(8, 24), nn.Linear(8, 8)
         self.up, self.down, self.out = nn.Linear(8, 11), nn.Linear(11, 8), nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.embed(x)
         n, t, c = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
@@ -122,11 +124,11 @@ class Tokens(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, 5, 6))
         self.up, self.down, self.out = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.embed(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
         x = x + self.down(F.relu(self.up(x)))
-        return self.out(x[:, 0])
+        return self.out(x[:, 0] + x.mean(1))
 
 
 class Halves(nn.Module):
@@ -137,7 +139,7 @@ class Halves(nn.Module):
         self.conv, self.left, self.right = conv_bn(3, 9), conv_bn(3, 5), conv_bn(6, 6)
         self.head = classifier(11)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         left, right = F.relu(self.conv(x)).split((3, 6), 1)
         return self.head(torch.cat([F.relu(self.left(left)), F.relu(self.right(right))], 1))
 
@@ -150,7 +152,7 @@ class Unflattened(nn.Module):
         self.conv, self.mix = nn.Conv2d(3, 12, 3), nn.Conv2d(6, 8, 1)
         self.head = classifier(8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.conv(x)
         left, right = x.split(x.shape[1] // 2, 1)
         x = self.mix(F.relu(left) * right)
@@ -167,7 +169,7 @@ class Nested(nn.Module):
         self.stage = nn.Sequential(nn.Sequential(Residual(6, 6)), Residual(6, 6))
         self.mix, self.head = nn.Conv2d(6, 6, 1), classifier(6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.stem(x))
         return self.head(F.relu(self.mix(self.stage(x)) + x))
 
@@ -180,7 +182,7 @@ class Upsampled(nn.Module):
         self.first, self.deep = conv_bn(3, 6), conv_bn(6, 8, 3, 2)
         self.up, self.out = nn.Upsample(scale_factor=2), nn.Conv2d(14, 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         skip = F.relu(self.first(x))
         deep = self.up(F.relu(self.deep(skip)))
         return self.out(torch.cat([skip, deep], 1))

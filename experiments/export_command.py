@@ -10,13 +10,13 @@ import typer
 from torch import Tensor
 
 from paretoprune.experiments import runs
+from paretoprune.experiments.card import verdict
 from paretoprune.experiments.commands import problem_of, view_of
 from paretoprune.experiments.export import (
     Exported,
     check_destination,
     check_formats,
     export,
-    verdict,
 )
 from paretoprune.experiments.progress import long_step, progress_console
 from paretoprune.experiments.runs import RunSpec
@@ -83,7 +83,7 @@ def export_run(
         done = export(problem, record, to, run=name, seed=spec.seed, progress=progress)
         progress("registering it in MLflow")
         registered = _registered(done, problem, record, folder, spec)
-    typer.echo(verdict(done))
+    typer.echo(verdict(to, done.dense, done.small))
     typer.echo(registered)
 
 

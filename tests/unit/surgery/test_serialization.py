@@ -1,0 +1,274 @@
+"""An export reloads as it was, or says in one sentence why not; it never runs foreign code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from paretoprune.experiments.models import digits_resnet, resnet20
+from paretoprune.surgery import PruningPlan, UnsupportedModel, load, prune, save, trace
+from tests.unit.surgery.oracles import call, half, loss, outputs
+from tests.unit.surgery.specimens import ZOO, settle, traced
+
+REFERENCE = "paretoprune.experiments.models:digits_resnet"
+IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[Path, nn.Module]:
+    """A pruned digits network and the folder it is saved in."""
+    model = digits_resnet()
+    settle(model)
+    graph = trace(model.eval(), IMAGES)
+    plan = PruningPlan(half(graph).kept, ("layer2.1",))
+    small = prune(model, graph, plan)
+    save(
+        tmp_path / "export",
+        small,
+        plan,
+        reference=REFERENCE,
+        metrics={"accuracy": 0.9},
+        example_inputs=IMAGES,
+    )
+    return tmp_path / "export", small
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes plan.json in place."""
+    described = json.loads((folder / "plan.json").read_text())
+    described = change(described) or described
+    (folder / "plan.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_round_trip_gives_equal_outputs(name: str, tmp_path: Path) -> None:
+    model, graph = traced(name)
+    plan = PruningPlan(half(graph).kept, tuple(graph.blocks)[:1])
+    small, inputs = prune(model, graph, plan), ZOO[name].inputs(3)
+    save(tmp_path, small, plan, example_inputs=inputs)
+    again = load(tmp_path, ZOO[name].build)
+    assert repr(again) == repr(small)
+    assert not any(module.training for module in again.modules())
+    for a, b in zip(outputs(small, inputs), outputs(again, inputs), strict=True):
+        assert torch.equal(a, b)
+    assert trace(again, inputs).cost() == graph.cost(plan)
+
+
+def test_the_recorded_reference_is_enough(exported: tuple[Path, nn.Module]) -> None:
+    folder, small = exported
+    for again in (load(folder), load(str(folder), REFERENCE), load(folder, digits_resnet)):
+        assert torch.equal(outputs(again, IMAGES)[0], outputs(small, IMAGES)[0])
+
+
+def test_pads_and_removed_blocks_survive(exported: tuple[Path, nn.Module]) -> None:
+    again: Any = load(exported[0])
+    small: Any = exported[1]
+    assert isinstance(again.layer2[1], nn.Identity)
+    assert again.layer2[0].shortcut.padding == small.layer2[0].shortcut.padding
+    assert sum(small.layer2[0].shortcut.padding) < 8
+
+
+def test_a_fine_tuned_network_comes_back_with_its_weights(
+    exported: tuple[Path, nn.Module],
+) -> None:
+    folder, small = exported
+    plan = PruningPlan.from_json(json.loads((folder / "plan.json").read_text())["plan"])
+    optimizer = torch.optim.SGD(small.train().parameters(), 0.1)
+    loss(call(small, torch.randn(8, 1, 8, 8))).backward()
+    optimizer.step()
+    save(folder, small, plan, reference=REFERENCE)
+    again = load(folder).train()
+    for a, b in zip(again.state_dict().values(), small.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    loss(call(again, torch.randn(8, 1, 8, 8))).backward()
+    assert all(parameter.grad is not None for parameter in again.parameters())
+
+
+def test_tied_weights_come_back_tied(tmp_path: Path) -> None:
+    model, graph = traced("called_twice")
+    save(tmp_path, prune(model, graph, half(graph)), half(graph))
+    again: Any = load(tmp_path, ZOO["called_twice"].build)
+    assert again.first.weight is again.second.weight
+
+
+def test_what_is_recorded(exported: tuple[Path, nn.Module]) -> None:
+    described = json.loads((exported[0] / "plan.json").read_text())
+    assert described["reference"] == REFERENCE
+    assert described["metrics"] == {"accuracy": 0.9}
+    assert described["inputs"] == {"shape": [2, 1, 8, 8], "dtype": "torch.float32"}
+    assert described["plan"]["removed"] == ["layer2.1"]
+    assert {file.name for file in exported[0].iterdir()} == {"plan.json", "model.safetensors"}
+
+
+def test_loading_needs_neither_ray_nor_optuna_nor_mlflow(
+    exported: tuple[Path, nn.Module],
+) -> None:
+    program = """
+import sys
+from paretoprune.surgery import load
+load(sys.argv[1])
+print(sorted({"ray", "optuna", "mlflow", "pandas", "sklearn"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", program, str(exported[0])]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", ["plan.json", "model.safetensors"])
+def test_a_missing_file_is_named(file: str, exported: tuple[Path, nn.Module]) -> None:
+    (exported[0] / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"is no export: it has no {file}"):
+        load(exported[0])
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing is no export: it has no plan\.json"):
+        load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("position", [0, 20, -1])
+def test_a_flipped_byte_is_noticed(position: int, exported: tuple[Path, nn.Module]) -> None:
+    weights = exported[0] / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[position] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"is not the file that plan\.json was written for"):
+        load(exported[0])
+
+
+def test_weights_that_are_no_safetensors_are_refused(exported: tuple[Path, nn.Module]) -> None:
+    import hashlib
+
+    (exported[0] / "model.safetensors").write_bytes(b"not tensors")
+    digest = hashlib.sha256(b"not tensors").hexdigest()
+    rewrite(exported[0], lambda plan: plan.update(sha256=digest))
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        load(exported[0])
+
+
+def set_layer(plan: dict[str, Any], layer: str, **attributes: Any) -> None:
+    plan["layers"].setdefault(layer, {}).update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda plan: plan.update(schema=2), "has schema 2 and this version reads schema 1"),
+        (lambda plan: plan.pop("schema") and None, "is no plan"),
+        (lambda plan: plan.pop("plan") and None, "is no plan"),
+        (lambda plan: plan.pop("sha256") and None, "lacks sha256"),
+        (lambda plan: plan.pop("layers") and None, "lacks layers"),
+        (lambda plan: plan["plan"].pop("kept") and None, "is no plan"),
+        (lambda plan: plan["plan"].update(kept={"conv1": []}), "is no plan"),
+        (lambda plan: ["a list"], "is no plan"),
+        (lambda plan: plan.update(layers=[]), "does not fit ResNet"),
+        (lambda plan: plan.update(layers={"conv1": 3}), "does not fit ResNet"),
+        (lambda plan: plan["plan"].update(removed=["layer9.1"]), "does not fit ResNet"),
+        (lambda plan: plan["plan"].update(removed=["layer1.1"]), "does not fit ResNet"),
+        (lambda plan: plan["layers"].pop("conv1") and None, "layer 'conv1' is in one of them"),
+        (lambda plan: set_layer(plan, "conv1", forward="x"), "layer 'conv1' has the attributes"),
+        (lambda plan: set_layer(plan, "conv1", training=True), "layer 'conv1' has the attributes"),
+        (
+            lambda plan: set_layer(plan, "layer1", __class__="x"),
+            "layer 'layer1' is in one of them only",
+        ),
+        (lambda plan: plan["layers"]["conv1"].pop("groups") and None, "has the attributes"),
+        (lambda plan: set_layer(plan, "conv7", groups=1), "does not fit ResNet: .*conv7"),
+        (lambda plan: plan.update(arguments={"depth": 3}), "cannot build"),
+        (lambda plan: plan.update(arguments=[1]), "arguments are given by name"),
+        (
+            lambda plan: plan.update(reference="paretoprune.experiments.models:none"),
+            "cannot build",
+        ),
+        (lambda plan: plan.update(reference="torchvision:none"), "cannot build"),
+        (lambda plan: plan.update(reference="paretoprune.nowhere:f"), "is not imported unless"),
+        (lambda plan: plan.update(reference="os:getcwd"), "names the architecture 'os:getcwd'"),
+        (lambda plan: plan.update(reference=None), "names the architecture None"),
+        (lambda plan: plan.update(reference=["x"]), "names the architecture"),
+    ],
+)
+def test_a_tampered_plan_is_one_clear_sentence(
+    change: Any, sentence: str, exported: tuple[Path, nn.Module]
+) -> None:
+    rewrite(exported[0], change)
+    with pytest.raises(ValueError, match=sentence):
+        load(exported[0])
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00", "null"])
+def test_a_plan_that_is_no_json_is_refused(text: str, exported: tuple[Path, nn.Module]) -> None:
+    (exported[0] / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match="is no plan"):
+        load(exported[0])
+
+
+def test_no_recorded_reference_leads_to_other_code(
+    exported: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    touched = tmp_path / "touched"
+    command = {"reference": "os:system", "arguments": {"command": f"touch {touched}"}}
+    references = ("surgery.serialization:build", "surgery:load", "experiments.models:torch.save")
+    for name in references:
+        change = {"reference": f"paretoprune.{name}", "arguments": command}
+        rewrite(exported[0], lambda plan, change=change: plan.update(change))  # type: ignore[misc]
+        with pytest.raises(ValueError, match=r"is not imported unless|only numbers are passed on"):
+            load(exported[0])
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"checkpoint_path": "x.pth"}, {"pretrained": True}, {"pretrained_cfg": {}}]
+)
+def test_arguments_that_make_a_library_fetch_weights_are_refused(
+    arguments: dict[str, Any], exported: tuple[Path, nn.Module]
+) -> None:
+    rewrite(exported[0], lambda plan: plan.update(reference="timm:resnet18", arguments=arguments))
+    with pytest.raises(ValueError, match="only numbers are passed on unless you say so"):
+        load(exported[0])
+
+
+def test_a_timm_hub_address_is_refused(exported: tuple[Path, nn.Module]) -> None:
+    rewrite(exported[0], lambda plan: plan.update(reference="timm:hf-hub:someone/network"))
+    with pytest.raises(ValueError, match="is not imported unless you say so"):
+        load(exported[0])
+
+
+def test_code_that_is_not_trusted_runs_only_when_named(
+    exported: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stranger.py").write_text(
+        "from paretoprune.experiments.models import digits_resnet as build\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rewrite(exported[0], lambda plan: plan.update(reference="stranger:build"))
+    with pytest.raises(ValueError, match="'stranger:build', which is not imported unless you say"):
+        load(exported[0])
+    assert "stranger" not in sys.modules
+    again = load(exported[0], "stranger:build")
+    assert torch.equal(outputs(again, IMAGES)[0], outputs(exported[1], IMAGES)[0])
+
+
+@pytest.mark.parametrize(
+    "build", [resnet20, nn.Identity, lambda: nn.Sequential(nn.Linear(2, 2)), lambda: nn.ReLU()]
+)
+def test_another_architecture_is_one_clear_sentence(
+    build: Callable[[], nn.Module], exported: tuple[Path, nn.Module]
+) -> None:
+    with pytest.raises(ValueError, match=r"does not fit .*; give the function that builds"):
+        load(exported[0], build)
+
+
+def test_a_function_that_builds_no_module_is_refused(exported: tuple[Path, nn.Module]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"returns str, but an nn\.Module is needed"):
+        load(exported[0], "os:getcwd")
+    build: Any = dict
+    with pytest.raises(UnsupportedModel, match=r"returns dict, but an nn\.Module is needed"):
+        load(exported[0], build)
