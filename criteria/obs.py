@@ -10,10 +10,9 @@ the others raises the squared output error by
     sum over outputs of  W[:, F] (H[F, F])^-1 W[:, F]'
 
 and leaves W - W[:, F] (H[F, F])^-1 H[F, :]. The cheapest unit goes, W and H are updated, and so
-on. Errors are relative to
-the variance of the residual stream that the layer feeds (else of its own output), which makes
-layers comparable, and summed over all layers that read the units. This is the error that
-`surgery.reconstruct` leaves, which is why the two fit together.
+on. Errors are relative to the variance of the residual stream that the layer feeds (else of its
+own output), which makes layers comparable, and summed over all layers that read the units. This is
+the error that `surgery.reconstruct` leaves, which is why the two fit together.
 """
 
 from __future__ import annotations
@@ -181,19 +180,19 @@ def _observe(
         for found in by_target.get(node.name, ()):
             value = values[node.name]
             channel = 1 if found.consumer.geometry.kernel else -1
-            found.variance += value.movedim(channel, -1).flatten(0, -2).var(0).sum().item()
+            outputs = value.movedim(channel, -1).flatten(0, -2)
+            found.variance += outputs.var(0, correction=0).sum().item() * len(value)
 
-    seen = batches = 0
+    seen = 0
     for inputs, targets in calibration:
         Execution(graph).run(model, inputs, before=before, after=after)
         seen += len(targets)
-        batches += 1
         if seen >= images:
             break
-    if not batches:
+    if not seen:
         raise ValueError("the obs criterion needs calibration data, but got no batch.")
     for found in moments.values():
-        found.variance /= batches
+        found.variance /= seen
     return moments
 
 

@@ -65,10 +65,13 @@ def select(
 
 
 def rankable(graph: PruningGraph, removed: tuple[str, ...]) -> tuple[PrunableGroup, ...]:
-    """Returns the open groups that are not inside a removed block."""
-    gone = {
-        name for block in removed if block in graph.blocks for name in graph.blocks[block].groups
-    }
+    """Returns the open groups that are not inside a removed block.
+
+    Raises:
+        ValueError: If a name is no removable block.
+    """
+    graph.removed_vector(removed)
+    gone = {name for block in removed for name in graph.blocks[block].groups}
     return tuple(group for group in graph.open_groups if group.name not in gone)
 
 

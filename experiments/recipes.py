@@ -77,7 +77,8 @@ def cifar10_resnet(
 ) -> Problem:
     """Returns a trained ResNet for CIFAR-10.
 
-    The search split is part of the training set, and the weights have usually seen it.
+    The search split is part of the training set, and the weights have usually seen it, so it is
+    read with the training augmentation.
 
     Args:
         depth: 20, 32, 44 or 56.
@@ -98,7 +99,7 @@ def cifar10_resnet(
     opened = load_data(data, seed=seed)
     _check_network(model, opened)
     network = Network(model, f"{models.__name__}:resnet{depth}", {})
-    return _problem(name, network, opened, split(opened.train, seed=seed))
+    return _problem(name, network, opened, split(opened.train, seed=seed, seen=True))
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(

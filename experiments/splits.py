@@ -94,8 +94,8 @@ class Splits:
         calibration: Plain examples for criteria and reconstruction, class-balanced.
         recalibration: Examples with the training augmentation, for BatchNorm statistics,
             class-balanced; those of `calibration` are among them.
-        validation: The search split, plain, with the class proportions of the training set;
-            shares no example with the two others.
+        validation: The search split, with the class proportions of the training set; shares no
+            example with the two others.
         training: Positions of every example outside `validation`, shape (n,).
     """
 
@@ -105,12 +105,15 @@ class Splits:
     training: Tensor
 
 
-def split(source: Source, *, seed: int, sizes: Sizes | None = None) -> Splits:
+def split(source: Source, *, seed: int, seen: bool = False, sizes: Sizes | None = None) -> Splits:
     """Returns the splits of a training set; a pure function of it and the seed.
 
     Args:
         source: The training set.
         seed: Draws which examples go where, and the augmentation.
+        seen: Whether the network was trained on all of these examples. It may then know them by
+            heart, plain, and the search split is read with the training augmentation, which
+            ranks pruned networks more as unseen images do.
         sizes: Largest numbers of examples; by default those that suit the size of an example.
 
     Raises:
@@ -131,7 +134,10 @@ def split(source: Source, *, seed: int, sizes: Sizes | None = None) -> Splits:
     return Splits(
         calibration=list(Batches(source, training[: sizes.calibration], batch_size)),
         recalibration=[float32(source.read(part, generator)) for part in augmented],
-        validation=list(Batches(source, validation, batch_size)),
+        validation=[
+            float32(source.read(part, generator if seen else None))
+            for part in validation.split(batch_size)
+        ],
         training=training,
     )
 

@@ -90,7 +90,7 @@ def search(
         stack.callback(study.close)
         prepared = prepare(problem, request, folder, study)
         space = prepared.space
-        study.begin(space.seeds(trials), prepared.info.target, space.fixed(trials))
+        study.begin(space.seeds(trials), prepared.info.target, space.fixed)
         following = _Following(prepared.info, listeners)
         searcher = Searcher(
             study, Decisions(space.suggest, prepared.decode), trials, seed, following

@@ -168,17 +168,19 @@ class SearchSpace:
         most = min(trials, max(len(self.criteria), round(trials / 3)))
         return shots[:most]
 
-    def fixed(self, trials: int) -> list[dict[str, Any]]:
-        """Returns what is fixed in the trials after the seeds: every second is at the target.
+    def fixed(self, number: int) -> dict[str, Any]:
+        """Returns the parameters that the sampler may not decide: the budget, in turn.
 
-        The target is what the user asked for; left to itself a sampler spreads its trials evenly
-        over the budgets.
+        Every second trial is at the target, which is what the user asked for; the others take
+        turns in the lower budgets. Left to itself a sampler spends nearly all trials where the
+        hypervolume grows most, at one or two budgets, and finds less at every other.
 
         Args:
-            trials: How many trials the search has.
+            number: Number of the trial.
         """
-        rest = max(0, trials - len(self.seeds(trials)))
-        return [{} if index % 2 else {"budget": self.levels[0]} for index in range(rest)]
+        lower = self.levels[1:]
+        turn = number // 2
+        return {"budget": lower[turn % len(lower)] if number % 2 and lower else self.levels[0]}
 
     def decode(
         self,

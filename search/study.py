@@ -139,6 +139,7 @@ class Study:
         self._objectives = tuple(objectives)
         self._sampler = (sampler, seed, trials)
         self._limit = 0
+        self._fixed: Callable[[int], Mapping[str, Any]] = lambda number: {}
         self._storage, self._close = _open_storage(storage)
         with _quiet():
             self._study = optuna.create_study(
@@ -168,7 +169,7 @@ class Study:
         self,
         seeds: Sequence[Mapping[str, Any]],
         limit: int,
-        fixed: Sequence[Mapping[str, Any]] = (),
+        fixed: Callable[[int], Mapping[str, Any]] = lambda number: {},
     ) -> None:
         """Makes the study ready to be asked.
 
@@ -176,15 +177,15 @@ class Study:
             seeds: Parameters of the trials that come before all others; ignored if the study has
                 them already.
             limit: The constraint: the most MACs that a plan may have.
-            fixed: For the trials after the seeds, the parameters that the sampler may not decide.
+            fixed: Returns, for a trial's number, the parameters that its sampler may not decide.
         """
         self._limit = limit
+        self._fixed = fixed
         if self.notes.get(_SEEDED):
             return
         there = len(self._study.get_trials(deepcopy=False))  # a kill may have cut this loop short
-        queue = [(SEED, seed) for seed in seeds] + [(SAMPLER, part) for part in fixed]
-        for origin, parameters in queue[there:]:
-            self._study.enqueue_trial(dict(parameters), user_attrs={"origin": origin})
+        for parameters in seeds[there:]:
+            self._study.enqueue_trial(dict(parameters), user_attrs={"origin": SEED})
         self.note(_SEEDED, True)
 
     def ask(self) -> AskedTrial:
@@ -193,6 +194,9 @@ class Study:
             frozen = self._left_behind.pop(0)
             trial = optuna.Trial(self._study, frozen._trial_id)
         else:
+            trials = self._study.get_trials(deepcopy=False)
+            if not any(trial.state == TrialState.WAITING for trial in trials):
+                self._study.enqueue_trial(dict(self._fixed(len(trials))))
             trial = self._study.ask()
         self._study.sampler = self._sampler_for(trial.number)
         self._asked[trial.number] = trial

@@ -116,7 +116,7 @@ def _reduces(
     if name not in nodes:
         return False
     node = nodes[name]
-    operator = _operator(node)
+    operator = node.operator
     tensors = [argument.name for argument in node.args if isinstance(argument, Ref)]
 
     def reduces(operand: str) -> bool:
@@ -142,7 +142,7 @@ def _non_negative(program: Program, name: str) -> bool:
     def visit(name: str) -> bool:
         if name not in known:
             node = program.nodes[name]
-            operator = _operator(node)
+            operator = node.operator
             known[name] = operator in _NON_NEGATIVE or (
                 operator == "hardtanh" and len(node.args) > 1 and node.args[1] >= 0
             )
@@ -155,14 +155,8 @@ def _non_negative(program: Program, name: str) -> bool:
 
 def _all(visit: Callable[[str], bool], node: Node) -> bool:
     """Whether all operands are non-negative, numbers in the code included."""
-    counts = _operator(node) in _READS_NUMBERS
+    counts = node.operator in _READS_NUMBERS
     numbers = [value for value in (*node.args, *node.kwargs.values()) if counts]
     return all(visit(name) for name in node.refs()) and not any(
         isinstance(value, (int, float)) and value < 0 for value in numbers
     )
-
-
-def _operator(node: Node) -> str:
-    if node.kind != "call" or not node.target.startswith("aten."):
-        return ""
-    return node.target.split(".")[1].removesuffix("_")

@@ -82,14 +82,14 @@ def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
     def only_user(name: str) -> Node | None:
         while len(users[name]) == 1 and name not in program.outputs:
             user = users[name][0]
-            if _operator(user) not in _PASS:
+            if user.operator not in _PASS:
                 return user
             name = user.name
         return None
 
     consumers = {}
     for node in program.nodes.values():
-        weight = parameter(node.args[1]) if _operator(node) in _LAYERS else None
+        weight = parameter(node.args[1]) if node.operator in _LAYERS else None
         if weight is None or not isinstance(node.args[0], Ref):
             continue
         if program.nodes[node.args[0].name].kind == "parameter":
@@ -100,7 +100,7 @@ def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
             continue
         after = only_user(node.name)
         norm = None
-        if after is not None and _operator(after) == "batch_norm" and not after.args[5]:
+        if after is not None and after.operator == "batch_norm" and not after.args[5]:
             names = [parameter(ref) for ref in after.args[1:5]]
             if names[2] is not None and names[3] is not None:
                 norm = Norm(names[0], names[1], names[2], names[3], float(after.args[7]))
@@ -131,7 +131,7 @@ def _addition(
     any other layer's weights (a padded shortcut); else the sum is left to that other layer.
     """
     none = (None, None, ())
-    if after is None or _operator(after) != "add" or after.kwargs or len(after.args) != 2:
+    if after is None or after.operator != "add" or after.kwargs or len(after.args) != 2:
         return none
     if after.shape != node.shape or not all(isinstance(ref, Ref) for ref in after.args):
         return none
@@ -162,7 +162,7 @@ def _ahead(
 
 def _geometry(node: Node, weight: Any) -> Geometry | None:
     """Returns how a layer reads its input, or None if its padding differs between two sides."""
-    rank = _LAYERS[_operator(node)]
+    rank = _LAYERS[node.operator]
     if rank == 0:
         return Geometry((), (), (), (), 1)
 
@@ -180,9 +180,3 @@ def _geometry(node: Node, weight: Any) -> Geometry | None:
         return None
     groups = int(node.args[6]) if len(node.args) > 6 else 1
     return Geometry(tuple(weight[2:]), argument(3, 1), argument(4, 0), argument(5, 1), groups)
-
-
-def _operator(node: Node) -> str:
-    if node.kind != "call" or not node.target.startswith("aten."):
-        return ""
-    return node.target.split(".")[1].removesuffix("_")

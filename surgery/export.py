@@ -113,7 +113,8 @@ def _quiet() -> Iterator[None]:
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     try:
-        with _quiet():
+        # Without gradients, a `torch.no_grad()` in the model's code makes no graph of its own.
+        with _quiet(), torch.no_grad():
             exported = torch.export.export(
                 shared_copy(model).eval(), args, kwargs or None, strict=False
             )
@@ -157,8 +158,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             outputs = tuple(dict.fromkeys(references(_plain(fx_node.args))))
         else:  # a higher-order operator's body (torch.cond and friends)
             raise UnsupportedModel(
-                f"{type(model).__name__} uses control flow that depends on data "
-                f"({fx_node.target}), which surgery cannot follow; pass a module without it."
+                f"{type(model).__name__} runs a graph inside its graph ({fx_node.target}): "
+                f"torch.autocast, torch.enable_grad or control flow that depends on data, which "
+                f"surgery cannot follow; pass a module without it."
             )
     return Program(nodes, outputs, _batch(args, kwargs), tuple(kwargs))
 

@@ -7,7 +7,9 @@ reads, O outputs of a group.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,8 +112,7 @@ def patches(inputs: Tensor, geometry: Geometry, positions: Tensor) -> Tensor:
         shape = [1] * (rank + 1)
         shape[0], shape[dim + 1] = -1, geometry.kernel[dim]
         index.append((start[:, None] + taps).reshape(shape))
-    last = padded.movedim(1, -1).contiguous()
-    taken = last[(image.reshape([-1] + [1] * rank), *index)]  # P, *kernel, C
+    taken = _channels(padded, image.reshape([-1] + [1] * rank), index)  # P, *kernel, C
     grouped = taken.movedim(-1, 1).reshape(len(positions), geometry.groups, -1)
     return grouped.transpose(0, 1)
 
@@ -143,4 +144,10 @@ def rows(outputs: Tensor, geometry: Geometry, positions: Tensor) -> Tensor:
     if not geometry.kernel:
         return outputs.reshape(-1, outputs.shape[-1])[positions]
     image, *corner = torch.unravel_index(positions, (outputs.shape[0], *outputs.shape[2:]))
-    return outputs.movedim(1, -1)[(image, *corner)]
+    return _channels(outputs, image, corner)
+
+
+def _channels(values: Tensor, image: Tensor, spatial: Sequence[Tensor]) -> Tensor:
+    """Returns the channels at some places, as the last dim, without copying the others."""
+    index: tuple[Any, ...] = (image, slice(None), *spatial)
+    return values[index]

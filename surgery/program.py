@@ -58,6 +58,13 @@ class Node:
     calls: tuple[str, ...] = ()
     value: Tensor | None = None
 
+    @property
+    def operator(self) -> str:
+        """Short name of an ATen operator, as `relu` for `aten.relu_.default`; else empty."""
+        if self.kind != "call" or not self.target.startswith("aten."):
+            return ""
+        return self.target.split(".")[1].removesuffix("_")
+
     def refs(self) -> Iterator[str]:
         """Yields the names of the values that the node reads."""
         yield from references((self.args, dict(self.kwargs)))

@@ -344,7 +344,7 @@ for _names, _rule in (
     ("prelu", prelu),
     (
         "dropout feature_dropout alpha_dropout contiguous clone detach alias to _to_copy "
-        "lift_fresh_copy",
+        "lift_fresh_copy zeros_like ones_like full_like",
         same,
     ),
     (

@@ -126,3 +126,16 @@ def test_training_batches_are_full_shuffled_and_seeded() -> None:
 def test_fewer_examples_than_a_batch_are_one_batch() -> None:
     batches = TrainingBatches(BALANCED, torch.arange(3), 64, seed=0)
     assert [len(targets) for _, targets in batches] == [3]
+
+
+def test_a_search_split_that_was_seen_is_augmented() -> None:
+    pixels = torch.randint(0, 256, (100, 8, 8, 1), dtype=torch.uint8)
+    source = ImageArray(pixels, torch.arange(100) % 10, (0.5,), (0.5,))
+    plain, seen = (split(source, seed=1, seen=seen) for seen in (False, True))
+    assert torch.equal(
+        torch.cat([targets for _, targets in plain.validation]),
+        torch.cat([targets for _, targets in seen.validation]),
+    )
+    first, moved = plain.validation[0][0], seen.validation[0][0]
+    assert first.shape == moved.shape
+    assert not torch.equal(first, moved)

@@ -128,6 +128,28 @@ def test_masked_tensors_mask_the_slices_of_the_groups(name: str) -> None:
         assert torch.equal(tensors[key], tensor)
 
 
+@pytest.mark.parametrize(
+    ("name", "block", "last"),
+    [
+        ("residual", "2", "2.conv2"),
+        ("pre_activation", "1", "1.conv2"),
+        ("nested", "stage.1", "stage.1.conv2"),
+    ],
+)
+def test_a_removed_block_equals_a_branch_of_zeros(name: str, block: str, last: str) -> None:
+    model, graph = traced(name)
+    dense, inputs = copy.deepcopy(model), ZOO[name].inputs()
+    dense.get_submodule(last).register_forward_hook(lambda *call: torch.zeros_like(call[2]))
+    plan = PruningPlan(removed=(block,))
+    small = prune(model, graph, plan)
+    assert difference(outputs(dense, inputs), outputs(small, inputs)) < 1e-6
+    assert isinstance(small.get_submodule(block), nn.Identity)
+    assert counted(small, inputs) == graph.cost(plan)
+    branches = graph.extents[block].branches
+    zeroed = list(Execution(graph).run(model, inputs, zeroed=branches).values())
+    assert difference(zeroed, outputs(small, inputs)) < 1e-6
+
+
 def test_attributes_follow_the_weights() -> None:
     model, graph = traced("depthwise")
     small: Any = prune(model, graph, PruningPlan({"0.0": (0, 2, 5)}))

@@ -114,6 +114,40 @@ def test_what_export_refuses_is_one_clear_sentence(model: nn.Module) -> None:
         trace(model, torch.randn(2, 3))
 
 
+class WithoutGradients(nn.Module):
+    """A stem that is run without gradients, and zeros of another value's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            x = torch.relu(self.stem(x))
+        x = self.hidden(x)
+        return self.out(torch.where(x > 0, x, torch.zeros_like(x)))
+
+
+def test_code_that_switches_gradients_off_is_followed() -> None:
+    graph = trace(WithoutGradients(), torch.randn(2, 4))
+    assert {group.name: group.size for group in graph.open_groups} == {"stem": 6, "hidden": 7}
+
+
+class Cast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return self.out(x)
+
+
+def test_a_graph_inside_the_graph_is_one_clear_sentence() -> None:
+    with pytest.raises(UnsupportedModel, match=r"Cast runs a graph inside its graph .*autocast"):
+        trace(Cast(), torch.randn(2, 3))
+
+
 class Narrow(nn.Module):
     """Layers of one channel, an unused layer, a constant and numbers among the arguments."""
 

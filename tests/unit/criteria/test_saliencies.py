@@ -1,0 +1,159 @@
+"""Each criterion against its formula, written out unit by unit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paretoprune.criteria import CRITERIA
+from paretoprune.surgery import ChannelSlice, PrunableGroup, trace
+from tests.unit.surgery.specimens import ZOO, draw, traced
+
+networks = pytest.mark.parametrize(
+    "name", ["chain", "residual", "dense", "depthwise", "grouped", "mlp", "called_twice"]
+)
+
+
+def elements(tensors: Mapping[str, Tensor], item: ChannelSlice, unit: int) -> Tensor | None:
+    """Returns the elements of a parameter that belong to a unit along one axis."""
+    tensor = tensors.get(item.parameter)
+    if tensor is None:
+        return None
+    return tensor.movedim(item.axis, 0)[list(item.indices[unit])]
+
+
+def owned(model: nn.Module, group: PrunableGroup, unit: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields (parameter, elements of the unit) for every slice of the group."""
+    parameters = dict(model.named_parameters())
+    for item in group.slices:
+        found = elements(parameters, item, unit)
+        if found is not None:
+            yield item.parameter, found.detach()
+
+
+@networks
+@pytest.mark.parametrize(
+    ("criterion", "norm"),
+    [
+        ("l1", lambda weights: sum(w.abs().sum() for w in weights)),
+        ("l2", lambda weights: sum(w.square().sum() for w in weights) ** 0.5),
+    ],
+)
+def test_magnitudes_are_norms_of_all_coupled_weights_relative_to_their_mean(
+    name: str, criterion: str, norm: Callable[[list[Tensor]], Tensor]
+) -> None:
+    model, graph = traced(name)
+    saliency = CRITERIA[criterion]()(model, graph, [])
+    dims = {key: parameter.ndim for key, parameter in model.named_parameters()}
+    for group in graph.open_groups:
+        norms = torch.stack(
+            [
+                norm([w for key, w in owned(model, group, unit) if dims[key] > 1])
+                for unit in range(group.size)
+            ]
+        )
+        torch.testing.assert_close(saliency[group.name], norms / norms.mean())
+
+
+def test_bn_scale_is_the_mean_of_the_coupled_scales() -> None:
+    model, graph = traced("residual")
+    saliency = CRITERIA["bn_scale"]()(model, graph, [])
+    scales = {key: p.detach().abs() for key, p in model.named_parameters()}
+    torch.testing.assert_close(
+        saliency["0.0"], (scales["0.1.weight"] + scales["2.conv2.1.weight"]) / 2
+    )
+    torch.testing.assert_close(saliency["2.conv1.0"], scales["2.conv1.1.weight"])
+
+
+def test_bn_scale_prunes_groups_without_batch_norm_at_an_average_rate() -> None:
+    model, graph = traced("two_inputs")  # `linear` has no BatchNorm, `conv.0` has one
+    saliency = CRITERIA["bn_scale"]()(model, graph, [])
+    known, other = saliency["conv.0"], saliency["linear"]
+    assert known.min() <= other.min() < other.median() < other.max() <= known.max()
+    norms = CRITERIA["l2"]()(model, graph, [])["linear"]
+    assert torch.equal(other.argsort(), norms.argsort())
+
+
+def test_bn_scale_of_a_network_without_batch_norm_follows_the_norms() -> None:
+    model, graph = traced("attention")
+    saliency, norms = (CRITERIA[name]()(model, graph, []) for name in ("bn_scale", "l2"))
+    assert torch.equal(saliency["up"].argsort(), norms["up"].argsort())
+
+
+def batches(name: str) -> list[tuple[Tensor, Tensor]]:
+    return [(draw(ZOO[name].shape, 8), torch.randint(5, (8,))) for _ in range(3)]
+
+
+@networks
+def test_taylor_is_the_squared_first_order_change_summed_over_coupled_parameters(
+    name: str,
+) -> None:
+    model, graph = traced(name)
+    data = batches(name)
+    saliency = CRITERIA["taylor"]()(model, graph, data)
+    expected = {group.name: torch.zeros(group.size) for group in graph.open_groups}
+    for inputs, targets in data:
+        copied = copy.deepcopy(model)
+        F.cross_entropy(copied(inputs), targets).backward()
+        changes = {
+            key: p.detach() * p.grad for key, p in copied.named_parameters() if p.grad is not None
+        }
+        for group in graph.open_groups:
+            for item in group.slices:
+                for unit in range(group.size):
+                    change = elements(changes, item, unit)
+                    if change is not None:
+                        expected[group.name][unit] += change.sum().square() / len(data)
+    for group in graph.open_groups:
+        torch.testing.assert_close(
+            saliency[group.name], expected[group.name], rtol=1e-3, atol=1e-8
+        )
+
+
+class Doubled(nn.BatchNorm2d):
+    """Computes what a BatchNorm does, with twice the gradient of its scale and shift."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (2 * p - p.detach() for p in (self.weight, self.bias))
+        return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False)
+
+
+def test_taylor_counts_the_batch_norms_scale_and_shift() -> None:
+    model, graph = traced("chain")
+    data = batches("chain")
+    plain = CRITERIA["taylor"]()(model, graph, data)
+    doubled = copy.deepcopy(model)
+    norm = doubled.get_submodule("0.1")
+    norm.__class__ = Doubled
+    changed = CRITERIA["taylor"]()(doubled, graph, data)
+    assert (changed["0.0"] > plain["0.0"]).all()
+    torch.testing.assert_close(changed["3.0"], plain["3.0"])
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "obs", "obs_per_mac"])
+def test_criteria_that_need_data_say_so(criterion: str) -> None:
+    model, graph = traced("mlp")
+    with pytest.raises(ValueError, match=r"criterion needs calibration data, but got no batch"):
+        CRITERIA[criterion]()(model, graph, [])
+
+
+def test_random_depends_on_its_seed_alone() -> None:
+    model, graph = traced("residual")
+    kind = CRITERIA["random"]
+    first, again, other = (kind(**{"seed": seed})(model, graph, []) for seed in (1, 1, 2))
+    for group in first:
+        assert torch.equal(first[group], again[group])
+        assert not torch.equal(first[group], other[group])
+
+
+def test_a_network_without_open_groups_has_no_saliencies() -> None:
+    model = nn.Linear(3, 4)
+    graph = trace(model, torch.randn(2, 3))
+    data = [(torch.randn(4, 3), torch.randint(4, (4,)))]
+    for kind in CRITERIA.values():
+        assert kind()(model, graph, data) == {}

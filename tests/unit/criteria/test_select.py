@@ -1,0 +1,309 @@
+"""select meets every budget that can be met, keeps the best units, and counts exactly."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from paretoprune.criteria import select, smallest_macs, target_macs
+from paretoprune.criteria.budget import Allowance, _prefix
+from paretoprune.experiments.models import digits_resnet
+from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan, trace
+from tests.unit.surgery.specimens import traced
+
+many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+seeds = st.integers(0, 10_000)
+allocations = st.sampled_from(["global", "uniform"])
+
+
+@functools.cache
+def digits() -> PruningGraph:
+    torch.manual_seed(0)
+    return trace(digits_resnet(), torch.randn(1, 1, 8, 8))
+
+
+def random_saliency(
+    graph: PruningGraph, seed: int, levels: int | None = None
+) -> dict[str, Tensor]:
+    """Returns uniform random saliencies, or of few levels so that many are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {g.name: torch.rand(g.size, generator=generator) for g in graph.open_groups}
+    if levels:
+        drawn = {name: (values * levels).floor() for name, values in drawn.items()}
+    return drawn
+
+
+def kept(graph: PruningGraph, plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    return {g.name: plan.kept.get(g.name, tuple(range(g.size))) for g in graph.open_groups}
+
+
+# -- budgets ---------------------------------------------------------------------------------
+
+
+@given(seeds, st.floats(0.12, 1), allocations, st.sampled_from([None, 1, 3]), st.data())
+@many
+def test_macs_lie_in_the_last_percent_under_the_budget(
+    seed: int, budget: float, allocation: Any, levels: int | None, data: st.DataObject
+) -> None:
+    graph = digits()
+    saliency = random_saliency(graph, seed, levels)
+    offsets = {g.name: data.draw(st.floats(-0.5, 0.5)) for g in graph.open_groups}
+    plan = select(graph, saliency, budget=budget, allocation=allocation, offsets=offsets)
+    target = target_macs(graph, budget)
+    assert 0.99 * target < graph.cost(plan).macs <= target
+    assert plan == select(graph, saliency, budget=budget, allocation=allocation, offsets=offsets)
+
+
+@given(seeds, st.floats(0.12, 1), allocations, st.sampled_from([None, 1, 3]))
+@many
+def test_the_units_of_highest_saliency_stay_and_of_equal_ones_the_last(
+    seed: int, budget: float, allocation: Any, levels: int | None
+) -> None:
+    graph = digits()
+    saliency = random_saliency(graph, seed, levels)
+    plan = select(graph, saliency, budget=budget, allocation=allocation)
+    for name, units in kept(graph, plan).items():
+        order = saliency[name].argsort(stable=True)
+        assert sorted(order[len(order) - len(units) :].tolist()) == list(units)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "dense", "grouped", "three_dimensional"])
+@given(seeds, st.floats(0.01, 1), allocations)
+@settings(many, max_examples=15)
+def test_a_plan_is_found_exactly_when_one_exists(
+    name: str, seed: int, budget: float, allocation: Any
+) -> None:
+    graph = traced(name)[1]
+    allowance = Allowance(graph, graph.open_groups, ())
+    ranges = [torch.arange(1.0, group.size + 1).double() for group in graph.open_groups]
+    every = torch.cartesian_prod(*ranges).reshape(-1, len(ranges))
+    macs, target = allowance.macs(every), target_macs(graph, budget)
+    exists = bool(((macs <= target) & (macs > 0.99 * target)).any())
+    saliency = random_saliency(graph, seed)
+    if not exists:
+        with pytest.raises(InfeasibleBudget, match=f"{allowance.smallest:,} MACs"):
+            select(graph, saliency, budget=budget, allocation=allocation)
+        return
+    plan = select(graph, saliency, budget=budget, allocation=allocation)
+    assert 0.99 * target < graph.cost(plan).macs <= target
+
+
+@given(seeds, st.floats(0.12, 0.4), st.sets(st.integers(0, 3), min_size=1, max_size=2))
+@many
+def test_removed_blocks_are_paid_for_and_their_groups_left_alone(
+    seed: int, budget: float, chosen: set[int]
+) -> None:
+    graph = digits()
+    removed = tuple(list(graph.blocks)[index] for index in chosen)
+    plan = select(graph, random_saliency(graph, seed), budget=budget, removed=removed)
+    target = target_macs(graph, budget)
+    assert plan.removed == tuple(sorted(removed))
+    assert 0.99 * target < graph.cost(plan).macs <= target
+    inner = {name for block in removed for name in graph.blocks[block].groups}
+    assert inner
+    assert not inner & plan.kept.keys()
+
+
+def test_the_whole_budget_keeps_everything() -> None:
+    graph = digits()
+    for budget in (1.0, graph.cost().macs):
+        assert select(graph, random_saliency(graph, 0), budget=budget) == PruningPlan()
+
+
+def test_a_fraction_and_its_macs_are_the_same_budget() -> None:
+    graph = digits()
+    saliency, macs = random_saliency(graph, 0), graph.cost().macs // 2
+    assert select(graph, saliency, budget=0.5) == select(graph, saliency, budget=macs)
+
+
+def test_uniform_takes_like_shares_and_global_ranks_all_units() -> None:
+    graph = digits()
+    saliency = random_saliency(graph, 0)
+    poor = graph.open_groups[-1].name
+    saliency[poor] = saliency[poor] / 100
+    shares = {}
+    for allocation in ("uniform", "global"):
+        plan = select(graph, saliency, budget=0.5, allocation=allocation)
+        units = kept(graph, plan)
+        shares[allocation] = {g.name: len(units[g.name]) / g.size for g in graph.open_groups}
+    uniform = shares["uniform"].values()
+    assert max(uniform) - min(uniform) < 0.2
+    assert shares["global"][poor] < 0.1 < 0.5 < shares["uniform"][poor]
+
+
+# -- offsets ---------------------------------------------------------------------------------
+
+
+@given(seeds, st.floats(0.12, 1), st.floats(-1, 1), st.floats(0, 1), st.data())
+@many
+def test_before_the_last_percent_a_larger_offset_never_keeps_fewer_units(
+    seed: int, budget: float, offset: float, more: float, data: st.DataObject
+) -> None:
+    # Units that leave before a unit of this group at some offset do so at a larger one too, so
+    # the shortest prefix that meets the budget holds no more units of the group.
+    graph = digits()
+    groups = graph.open_groups
+    chosen = data.draw(st.integers(0, len(groups) - 1))
+    saliency = random_saliency(graph, seed)
+    allowance, target = Allowance(graph, groups, ()), target_macs(graph, budget)
+    counts = []
+    for shift in (offset, offset + more):
+        ladders = [saliency[group.name].sort().values.double() for group in groups]
+        ladders[chosen] = ladders[chosen] + shift
+        counts.append(_prefix(allowance, ladders, target)[chosen].item())
+    assert counts[0] <= counts[1]
+
+
+@given(seeds, allocations, st.data())
+@many
+def test_an_offset_beyond_all_priorities_spares_a_group_that_need_not_shrink(
+    seed: int, allocation: Any, data: st.DataObject
+) -> None:
+    graph = digits()
+    group = data.draw(st.sampled_from(graph.open_groups))
+    others = PruningPlan({g.name: (0,) for g in graph.open_groups if g is not group})
+    fraction = graph.cost(others).macs / graph.cost().macs
+    budget = data.draw(st.floats(min(fraction * 1.05, 1), 1))
+    plan = select(
+        graph,
+        random_saliency(graph, seed),
+        budget=budget,
+        allocation=allocation,
+        offsets={group.name: 2.0},
+    )
+    assert group.name not in plan.kept
+
+
+# -- ratios ----------------------------------------------------------------------------------
+
+
+@given(seeds, st.floats(0, 1, exclude_max=True), st.sampled_from([None, 1, 3]))
+@many
+def test_ratios_give_exact_counts_whatever_ties_there_are(
+    seed: int, ratio: float, levels: int | None
+) -> None:
+    graph = digits()
+    names = [group.name for group in graph.open_groups][::2]
+    saliency = random_saliency(graph, seed, levels)
+    plan = select(graph, saliency, ratios=dict.fromkeys(names, ratio))
+    for name, units in kept(graph, plan).items():
+        size = graph.groups[name].size
+        gone = min(int(ratio * size + 0.5), size - 1) if name in names else 0
+        assert len(units) == size - gone
+        assert sorted(saliency[name].argsort(stable=True)[gone:].tolist()) == list(units)
+
+
+def test_ratios_with_removed_blocks() -> None:
+    graph = digits()
+    block, inside = next((b.name, b.groups[0]) for b in graph.blocks.values())
+    outside = next(g.name for g in graph.open_groups if g.name != inside)
+    saliency = random_saliency(graph, 0)
+    plan = select(graph, saliency, ratios={outside: 0.5}, removed=(block,))
+    assert plan.removed == (block,)
+    assert set(plan.kept) == {outside}
+    with pytest.raises(ValueError, match=f"'{inside}' is no prunable group here; prunable: "):
+        select(graph, saliency, ratios={inside: 0.5}, removed=(block,))
+
+
+# -- errors ----------------------------------------------------------------------------------
+
+
+def test_a_budget_below_the_smallest_names_the_smallest() -> None:
+    graph = digits()
+    smallest = smallest_macs(graph)
+    sentence = f"cannot be reached: the smallest reachable is {smallest:,} MACs"
+    for budget in (smallest - 1, 1, 1e-12):
+        with pytest.raises(InfeasibleBudget, match=re.escape(sentence)):
+            select(graph, random_saliency(graph, 0), budget=budget)
+    plan = select(graph, random_saliency(graph, 0), budget=smallest)
+    assert graph.cost(plan).macs == smallest
+
+
+def test_removing_more_than_the_budget_says_so() -> None:
+    graph = digits()
+    with pytest.raises(
+        InfeasibleBudget, match=r"removing the blocks alone leaves .* fewer blocks"
+    ):
+        select(graph, random_saliency(graph, 0), budget=1.0, removed=tuple(graph.blocks))
+
+
+def test_the_smallest_with_removed_blocks_is_smaller() -> None:
+    graph = digits()
+    removed = tuple(graph.blocks)
+    plan = PruningPlan({g.name: (0,) for g in graph.open_groups}, removed)
+    assert smallest_macs(graph, removed) == graph.cost(plan).macs < smallest_macs(graph)
+
+
+def test_a_window_that_units_jump_over_is_infeasible() -> None:
+    graph = traced("grouped")[1]  # four units, so budgets are coarse
+    with pytest.raises(InfeasibleBudget, match="coarser than the window: try another budget"):
+        select(graph, random_saliency(graph, 0), budget=0.9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({}, "give either `budget` or `ratios`, and not both"),
+        ({"budget": 0.5, "ratios": {}}, "give either `budget` or `ratios`, and not both"),
+        ({"budget": 0.0}, r"a budget as a fraction lies in (0, 1], but got 0.0"),
+        ({"budget": 1.5}, r"a budget as a fraction lies in (0, 1], but got 1.5"),
+        ({"budget": float("nan")}, r"a budget as a fraction lies in (0, 1], but got nan"),
+        ({"budget": 0}, "a budget in MACs lies in [1, "),
+        ({"budget": -5}, "a budget in MACs lies in [1, "),
+        ({"budget": 10**12}, "(the dense network), but got 1000000000000"),
+        ({"budget": True}, "a budget is a fraction (float) or MACs (int), but got True"),
+        ({"budget": "50%"}, "a budget is a fraction (float) or MACs (int), but got '50%'"),
+        ({"budget": 0.5, "allocation": "even"}, "allocation is 'global' or 'uniform', but got"),
+        ({"budget": 0.5, "removed": ("x",)}, "'x' is no removable block; removable: layer1.0"),
+        ({"ratios": {}, "removed": ("x",)}, "'x' is no removable block; removable: layer1.0"),
+        ({"ratios": {"x": 0.5}}, "'x' is no prunable group here; prunable: conv1"),
+        ({"ratios": {"linear": 0.5}}, "'linear' is no prunable group here"),
+        ({"ratios": {"conv1": 1.0}}, "lie in [0, 1), but got 1.0 for group 'conv1'"),
+        ({"ratios": {"conv1": -0.1}}, "lie in [0, 1), but got -0.1 for group 'conv1'"),
+        ({"ratios": {"conv1": float("nan")}}, "lie in [0, 1), but got nan for group 'conv1'"),
+    ],
+)
+def test_misuse_is_one_clear_sentence(arguments: dict[str, Any], sentence: str) -> None:
+    graph = digits()
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        select(graph, random_saliency(graph, 0), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [
+        (None, "none"),
+        (torch.rand(3), "shape (3,)"),
+        (torch.full((8,), float("nan")), "shape (8,)"),
+        (torch.full((8,), float("inf")), "shape (8,)"),
+    ],
+)
+@pytest.mark.parametrize("how", [{"budget": 0.5}, {"ratios": {"conv1": 0.5}}])
+def test_saliencies_are_one_finite_number_per_unit(
+    values: Tensor | None, got: str, how: dict[str, Any]
+) -> None:
+    graph = digits()
+    saliency = random_saliency(graph, 0)
+    if values is None:
+        del saliency["conv1"]
+    else:
+        saliency["conv1"] = values
+    sentence = f"group 'conv1' needs 8 finite saliencies, but got {got}"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        select(graph, saliency, **how)
+
+
+def test_groups_inside_removed_blocks_need_no_saliency() -> None:
+    graph = digits()
+    block = graph.blocks["layer1.1"]
+    saliency = random_saliency(graph, 0)
+    for name in block.groups:
+        del saliency[name]
+    assert select(graph, saliency, budget=0.5, removed=("layer1.1",)).removed == ("layer1.1",)
