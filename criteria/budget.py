@@ -11,6 +11,7 @@ from paretoprune.surgery import InfeasibleBudget, PrunableGroup, PruningGraph
 
 _SLACK = 0.99
 _ROUNDS = 40
+_EXCHANGED = 32  # groups between which units are exchanged; all pairs of more cost memory
 
 
 class Allowance:
@@ -116,7 +117,8 @@ def _fill(allowance: Allowance, ladders: Sequence[Tensor], counts: Tensor, targe
 def _nudge(allowance: Allowance, counts: Tensor, target: int) -> Tensor:
     """Returns counts inside the window, by exchanging few units of two groups at a time."""
     size = len(counts)
-    eye = torch.eye(size, dtype=torch.float64)
+    chosen = torch.linspace(0, size - 1, min(size, _EXCHANGED)).long().unique()
+    eye = torch.eye(size, dtype=torch.float64)[chosen]
     amounts = torch.tensor([-4.0, -3, -2, -1, 1, 2, 3, 4], dtype=torch.float64)
     single = (amounts[:, None, None] * eye).reshape(-1, size)
     pairs = (single[:, None] + single[None]).reshape(-1, size).unique(dim=0)

@@ -10,6 +10,7 @@ from paretoprune.experiments.latency import Latency
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Record
 from paretoprune.surgery import Cost
+from paretoprune.surgery.serialization import is_trusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def _loading(reference: str | None) -> str:
     if reference is None:
         dense = ", make_dense_model"
         about = "`make_dense_model` is a function that builds the dense architecture. "
-    elif not reference.startswith(("torchvision:", "timm:", "paretoprune.")):
+    elif not is_trusted(reference):
         dense = f', "{reference}"'
         about = "The second argument says whose code builds the architecture. "
     return (

@@ -26,6 +26,11 @@ WEIGHTS, PLAN = "model.safetensors", "plan.json"
 _TRUSTED = re.compile(r"(torchvision|timm|paretoprune\.experiments\.models):[\w.]+")
 
 
+def is_trusted(reference: object) -> bool:
+    """Returns whether `load` builds the architecture of a reference without being told to."""
+    return isinstance(reference, str) and _TRUSTED.fullmatch(reference) is not None
+
+
 def save(
     directory: str | Path,
     small: nn.Module,
@@ -153,7 +158,7 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 def _dense(dense: Callable[[], nn.Module] | str | None, described: dict[str, Any]) -> nn.Module:
     if dense is None:
         reference = described["reference"]
-        if not isinstance(reference, str) or not _TRUSTED.fullmatch(reference):
+        if not is_trusted(reference):
             raise ValueError(
                 f"the export names the architecture {reference!r}, which is not imported unless "
                 f"you say so: pass the function that builds it, or this reference."

@@ -58,7 +58,9 @@ def test_declared_packages_are_those_on_disk() -> None:
     folders = {file.parent.relative_to(ROOT) for file in FILES}
     on_disk = {".".join(("paretoprune", *folder.parts)) for folder in folders}
     assert set(setuptools["packages"]) == on_disk
-    assert setuptools["package-dir"] == {f"paretoprune.{layer}": layer for layer in LAYERS}
+    assert setuptools["package-dir"] == {
+        package: package.removeprefix("paretoprune.").replace(".", "/") for package in on_disk
+    }
 
 
 @pytest.mark.parametrize("layer", LAYERS)
