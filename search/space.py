@@ -26,12 +26,13 @@ LEVELS = (1.0, 0.85, 0.7, 0.55)
 """Budgets of the search as shares of its target; below the target so that a front appears."""
 MOST_OFFSETS = 40
 """Most offsets of one kind; more groups share theirs, more blocks have none."""
-OFFSET = 0.3
+OFFSET = 0.1
 """Offsets lie in [-OFFSET, OFFSET], in quantiles of the base allocation."""
 SHIFT = 0.25
 """A block moves by at most this share of the ranking."""
 _NEGLIGIBLE = 0.001  # a group that frees less of the dense MACs gets no offset
 _BLOCK_SEEDS = (1, 2, 4)
+_BLOCKS = "1 + blocks"  # on a logarithmic scale: most good plans remove none or few
 
 
 class Suggester(Protocol):
@@ -41,8 +42,8 @@ class Suggester(Protocol):
         """Returns a value in [low, high]."""
         ...
 
-    def suggest_int(self, name: str, low: int, high: int) -> int:
-        """Returns a value in [low, high]."""
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        """Returns a value in [low, high]; with `log` small ones are likelier."""
         ...
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
@@ -131,7 +132,7 @@ class SearchSpace:
     def _suggest_removed(self, trial: Suggester) -> tuple[str, ...]:
         if not self.most_removed:
             return ()
-        count = trial.suggest_int("blocks", 0, self.most_removed)
+        count = trial.suggest_int(_BLOCKS, 1, 1 + self.most_removed, log=True) - 1
         shifts = {
             block: trial.suggest_float(f"block/{block}", -SHIFT, SHIFT)
             for block in self._movable()
@@ -232,7 +233,7 @@ class SearchSpace:
             **{f"offset/{tie}": 0.0 for tie in dict.fromkeys(self.ties.values())},
         }
         if self.most_removed:
-            parameters["blocks"] = removed
+            parameters[_BLOCKS] = 1 + removed
             parameters.update({f"block/{block}": 0.0 for block in self._movable()})
         return parameters
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from paretoprune.criteria import CRITERIA, select
 from paretoprune.search import Candidate, Problem, SearchSpace
-from paretoprune.search.space import LEVELS, MOST_OFFSETS, OFFSET
+from paretoprune.search.space import LEVELS, MOST_OFFSETS
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan, trace
 
 Saliencies = Mapping[str, Mapping[str, Tensor]]
@@ -37,7 +37,7 @@ class Suggests:
         assert low <= value <= high
         return value
 
-    def suggest_int(self, name: str, low: int, high: int) -> int:
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
         value = int(self._value(name, self.random.randint(low, high)))
         assert low <= value <= high
         return value
@@ -180,9 +180,9 @@ def test_an_offset_keeps_more_of_its_group(setting: Setting) -> None:
     group = next(iter(space.ties))
     base = space.seeds(3)[0]
     kept = []
-    for offset in (-OFFSET, 0.0, OFFSET):
-        parameters = {**base, f"offset/{group}": offset}
-        plan = space.decode(space.suggest(Suggests(parameters)), graph, saliencies)
+    for offset in (-0.3, 0.0, 0.3):  # more than a sampler takes: the units here are coarse
+        candidate = replace(space.suggest(Suggests(base)), offsets={group: offset})
+        plan = space.decode(candidate, graph, saliencies)
         kept.append(len(plan.kept.get(group, range(graph.groups[group].size))))
     assert kept[0] < kept[1] < kept[2]
 
