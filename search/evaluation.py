@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +89,8 @@ class Evaluator:
         """
         small = self.network(plan, seed)
         measured = evaluate(small, self._problem.validation, self._problem.loss)
+        del small
+        _give_back_memory()
         cost = self._graph.cost(plan)
         return {**measured, "macs": cost.macs, "params": cost.params}
 
@@ -106,6 +111,16 @@ class Evaluator:
         calibration = Moved(self._problem.calibration, device_of(model))
         self._dense = model, Reconstructor(model, self._graph, calibration)
         return self._dense
+
+
+def _give_back_memory() -> None:
+    """Returns the memory of an evaluation to the system; glibc keeps it in fragments.
+
+    Without it a worker grows by some 25 MB with every evaluation of a ResNet-20.
+    """
+    gc.collect(1)  # young reference cycles may still hold activations
+    with suppress(OSError, AttributeError):  # other C libraries do not have it, nor need it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def one_line(error: BaseException) -> str:
