@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paretoprune.criteria import CRITERIA, Criterion, smallest_macs, target_macs
+from paretoprune.search.cluster import reach
 from paretoprune.search.metrics import device_of, evaluating, forward
 from paretoprune.search.objectives import MEASURED
 from paretoprune.search.problem import Batch, Problem
@@ -58,6 +59,20 @@ def check_sampler(name: str) -> None:
         ValueError: If it is unknown; lists what is.
     """
     check_name("sampler", name, SAMPLERS)
+
+
+def check_address(address: str | None, workers: int | None) -> None:
+    """Verifies that there is a cluster at `address` to evaluate on; None is this machine.
+
+    Raises:
+        ValueError: If there are to be no workers at all.
+        ConnectionError: If nothing answers.
+    """
+    if address is None:
+        return
+    if workers == 0:
+        raise ValueError(f"workers is 0, so nothing would run on the cluster at {address}.")
+    reach(address)
 
 
 def check_objectives(names: Sequence[str]) -> None:

@@ -73,6 +73,7 @@ def search(
         ValueError: If an argument is out of range, or the data does not fit the model.
         InfeasibleBudget: If no plan meets the target; names the smallest reachable MACs.
         UnsupportedModel: If the network cannot be traced.
+        ConnectionError: If no cluster answers at `address`.
         RunLocked: If another search is running in the same folder.
         SearchInterrupted: After Ctrl-C; a KeyboardInterrupt, with the front until then.
     """
@@ -83,6 +84,7 @@ def search(
     checks.check_objectives(objectives)
     checks.check_sampler(sampler)
     request = Request(flops, trials, checks.criteria_by_name(criteria), tuple(objectives))
+    checks.check_address(address, workers)
     checks.check_problem(problem)
     with ExitStack() as stack:
         folder = run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -22,6 +22,7 @@ import ray
 import torch
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
+from ray.train._internal import storage
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher as TuneSearcher
 
@@ -32,9 +33,9 @@ from paretoprune.search.searcher import Searcher
 
 T = TypeVar("T")
 
-_TOKEN = Path.home() / ".ray" / "auth_token"
 _RETRIES = 2  # of an evaluation whose worker died
 _PER_GPU = 4  # workers that share a GPU by default
+_SESSION = "_get_ray_train_session_dir"  # where Tune looks for the folder of a local Ray
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and tensorboard file per trial
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # Tune's snapshots are never read
@@ -68,9 +69,7 @@ class RayWorkers:
         with (
             _quiet_tune(),
             _connection(self.address, self.workers),
-            tempfile.TemporaryDirectory(
-                prefix="paretoprune-", ignore_cleanup_errors=True
-            ) as scratch,
+            _scratch() as folder,
         ):
             share = _share(self.workers)
             search = _TuneSearch(searcher, share.workers)
@@ -86,7 +85,7 @@ class RayWorkers:
                     reuse_actors=True,
                     max_failures=_RETRIES,
                     raise_on_failed_trial=False,
-                    storage_path=scratch,
+                    storage_path=folder,
                     verbose=0,
                     callbacks=[_Failures(search)],
                     trial_dirname_creator=lambda trial: str(trial.trial_id),
@@ -252,6 +251,19 @@ def _quiet_tune() -> Iterator[None]:
 
 
 @contextmanager
+def _scratch() -> Iterator[str]:
+    """Yields a temporary folder for what Tune writes and nobody reads."""
+    with tempfile.TemporaryDirectory(prefix="paretoprune-", ignore_cleanup_errors=True) as folder:
+        original = getattr(storage, _SESSION)
+        if ray.util.client.ray.is_connected():  # there is no session of Ray on this machine
+            setattr(storage, _SESSION, lambda: folder)
+        try:
+            yield folder
+        finally:
+            setattr(storage, _SESSION, original)
+
+
+@contextmanager
 def _connection(address: str | None, workers: int | None) -> Iterator[None]:
     """Connects to Ray and leaves it again, unless the caller is connected already."""
     if ray.is_initialized():
@@ -267,8 +279,6 @@ def _connection(address: str | None, workers: int | None) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     else:
-        if _TOKEN.exists():  # the cluster asks for it, and a client does not offer it
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
