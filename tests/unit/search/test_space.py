@@ -106,6 +106,14 @@ def test_seeds_are_about_a_third_and_every_criterion(
     assert {s["budget"] for s in seeds[:2]} == {1.0}
 
 
+def test_every_second_trial_is_at_the_target(setting: Setting) -> None:
+    space = space_of(setting)
+    budgets = [space.fixed(number)["budget"] for number in range(8)]
+    assert budgets == [1.0, 0.85, 1.0, 0.7, 1.0, 0.55, 1.0, 0.85]
+    alone = replace(space, levels=(1.0,))
+    assert [alone.fixed(number)["budget"] for number in range(3)] == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("budget", [0.9, 0.6, 0.4, 0.25])
 def test_blocks_stay_where_their_removal_undercuts_the_budget(
     setting: Setting, budget: float
