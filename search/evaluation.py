@@ -101,7 +101,7 @@ class Evaluator:
             plan: What to keep.
             seed: Seed of torch's generators; the caller's are left as they were.
         """
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             model, reconstruct = self._dense or self._prepare()
             return reconstruct(prune(model, self._graph, plan), plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -112,3 +113,31 @@ def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
                 )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not an outcome: {data!r}.") from error
+
+
+def attributes_of(record: Record) -> dict[str, Any]:
+    """Returns all but the number of a record as flat JSON values, as a study keeps them.
+
+    Candidate and plan are JSON strings: thousands of unit numbers are slow to copy otherwise.
+    """
+    cost = record.cost
+    return {
+        "candidate": json.dumps(record.candidate.to_json()),
+        "plan": None if record.plan is None else json.dumps(record.plan.to_json()),
+        "cost": None if cost is None else {"macs": cost.macs, "params": cost.params},
+        "origin": record.origin,
+        **outcome_to_json(record.outcome),
+    }
+
+
+def record_from_attributes(number: int, attributes: Mapping[str, Any]) -> Record:
+    """Returns the record whose `attributes_of` these are."""
+    plan, cost = attributes["plan"], attributes["cost"]
+    return Record(
+        number=number,
+        candidate=Candidate.from_json(json.loads(attributes["candidate"])),
+        plan=None if plan is None else PruningPlan.from_json(json.loads(plan)),
+        cost=None if cost is None else Cost(**cost),
+        outcome=outcome_from_json(attributes),
+        origin=attributes["origin"],
+    )

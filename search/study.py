@@ -9,7 +9,6 @@ would have decided.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +30,8 @@ from optuna.samplers import (
 )
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from paretoprune.search.candidate import Candidate
 from paretoprune.search.journal import JournalFile
 from paretoprune.search.objectives import MEASURED
 from paretoprune.search.record import (
@@ -43,11 +41,10 @@ from paretoprune.search.record import (
     Failed,
     Infeasible,
     Record,
-    outcome_from_json,
-    outcome_to_json,
+    attributes_of,
+    record_from_attributes,
 )
 from paretoprune.search.space import Suggester
-from paretoprune.surgery import Cost, PruningPlan
 
 _NAME = "paretoprune"
 _TOLD = 6  # op code of Optuna's journal for a change of a trial's state
@@ -141,13 +138,17 @@ class Study:
         self._limit = 0
         self._fixed: Callable[[int], Mapping[str, Any]] = lambda number: {}
         self._storage, self._close = _open_storage(storage)
-        with _quiet():
-            self._study = optuna.create_study(
-                storage=self._storage,
-                study_name=_NAME,
-                directions=[MEASURED[name][0].value for name in objectives],
-                load_if_exists=True,
-            )
+        try:
+            with _quiet():
+                self._study = optuna.create_study(
+                    storage=self._storage,
+                    study_name=_NAME,
+                    directions=[MEASURED[name][0].value for name in objectives],
+                    load_if_exists=True,
+                )
+        except BaseException:
+            self._close()
+            raise
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         self._left_behind = list(running)
         self._asked: dict[int, optuna.Trial] = {}
@@ -214,7 +215,7 @@ class Study:
     def tell(self, record: Record) -> None:
         """Stores what became of an asked trial; after return no kill loses it."""
         trial = self._asked.pop(record.number)
-        for key, value in _attributes(record).items():
+        for key, value in attributes_of(record).items():
             trial.set_user_attr(key, value)
         match record.outcome:
             case Completed(metrics=metrics):
@@ -274,31 +275,5 @@ def _open_storage(
 
 def _records(study: optuna.Study) -> list[Record]:
     states = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
-    return [_record(trial) for trial in study.get_trials(deepcopy=False, states=states)]
-
-
-def _attributes(record: Record) -> dict[str, Any]:
-    """Returns a record as user attributes; JSON strings where Optuna would copy deep values."""
-    return {
-        "candidate": json.dumps(record.candidate.to_json()),
-        "plan": None if record.plan is None else json.dumps(record.plan.to_json()),
-        "cost": None
-        if record.cost is None
-        else {"macs": record.cost.macs, "params": record.cost.params},
-        "origin": record.origin,
-        **outcome_to_json(record.outcome),
-    }
-
-
-def _record(trial: FrozenTrial) -> Record:
-    """Returns the record whose `_attributes` a trial has."""
-    attributes = trial.user_attrs
-    plan, cost = attributes["plan"], attributes["cost"]
-    return Record(
-        number=trial.number,
-        candidate=Candidate.from_json(json.loads(attributes["candidate"])),
-        plan=None if plan is None else PruningPlan.from_json(json.loads(plan)),
-        cost=None if cost is None else Cost(**cost),
-        outcome=outcome_from_json(attributes),
-        origin=attributes["origin"],
-    )
+    trials = study.get_trials(deepcopy=False, states=states)
+    return [record_from_attributes(trial.number, trial.user_attrs) for trial in trials]

@@ -273,3 +273,19 @@ def test_optuna_is_quiet_and_its_settings_stay(
     study.close()
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("optuna").level == level
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_what_is_fixed_is_not_decided(open_study: OpenStudy, sampler: str) -> None:
+    study = open_study(sampler=sampler)
+    study.begin(
+        [{"share": 0.5, "budget": 1.0}], LIMIT, lambda number: {"budget": (1.0, 0.5)[number % 2]}
+    )
+    decided = []
+    for _ in range(40):
+        trial = study.ask()
+        value = share(trial)
+        decided.append(trial.suggester.suggest_categorical("budget", (1.0, 0.85, 0.5)))
+        study.tell(record(trial, value))
+    assert decided == [(1.0, 0.5)[number % 2] for number in range(40)]
+    study.close()
