@@ -169,9 +169,8 @@ def _timm(name: str, weights: str | None) -> tuple[bool, Callable[..., nn.Module
     pretrained = weights == "DEFAULT"
 
     def build(**arguments: Any) -> nn.Module:
-        return timm.create_model(  # type: ignore[no-any-return]
-            name, pretrained=pretrained, **arguments
-        )
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+        return network
 
     return pretrained, build
 

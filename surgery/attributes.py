@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.padding import _ConstantPadNd
+
+from paretoprune.surgery.attention import PrunedMultiheadAttention
 
 SHAPE_ATTRIBUTES: Mapping[type[nn.Module], tuple[str, ...]] = MappingProxyType(
     {
@@ -21,17 +24,71 @@ SHAPE_ATTRIBUTES: Mapping[type[nn.Module], tuple[str, ...]] = MappingProxyType(
         nn.Embedding: ("num_embeddings", "embedding_dim"),
         nn.PReLU: ("num_parameters",),
         _ConstantPadNd: ("padding",),
+        nn.MultiheadAttention: ("embed_dim", "kdim", "vdim", "num_heads"),
     }
 )
 """Layer types and the attributes that surgery rewrites; an export stores exactly these."""
 
 
-def attribute_names(module: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the attributes of `module` that surgery may rewrite."""
+def size_attributes(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
+    """Returns the attributes of a module that surgery may rewrite: sizes and tuples of sizes.
+
+    Of torch's own layers those that are known to hold sizes; of other modules all integers.
+    """
     for kind, names in SHAPE_ATTRIBUTES.items():
         if isinstance(module, kind):
-            return names
-    return ()
+            return {name: _plain(getattr(module, name)) for name in names}
+    if type(module).__module__.startswith("torch."):
+        return {}
+    return {
+        name: _plain(value)
+        for name, value in vars(module).items()
+        if type(value) is int
+        or (
+            isinstance(value, (tuple, list)) and value and all(type(item) is int for item in value)
+        )
+    }
+
+
+def _plain(value: Any) -> int | tuple[int, ...]:
+    return value if isinstance(value, int) else tuple(value)
+
+
+def set_attribute(module: nn.Module, name: str, value: int | Sequence[int]) -> None:
+    """Sets a size, or several as the tuple or list that the module has there."""
+    old = getattr(module, name)
+    if isinstance(value, int):
+        setattr(module, name, value)
+    else:
+        setattr(module, name, list(value) if isinstance(old, list) else tuple(value))
+
+
+def follow_numbers(
+    module: nn.Module,
+    numbers: Mapping[int, Collection[int]],
+    sequences: Mapping[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    """Rewrites the attributes of a module that hold sizes its code writes.
+
+    An attribute is known by its value. Where one value stands for several sizes of which only
+    some change (8 heads of 8 channels), the attribute's name decides: heads and groups change.
+
+    Args:
+        module: Any module but one of torch's own layers.
+        numbers: For every size in its code, what it becomes; several if it counts several things.
+        sequences: For every list of sizes in its code, what it becomes.
+    """
+    if type(module).__module__.startswith("torch."):
+        return
+    for name, value in size_attributes(module).items():
+        if isinstance(value, tuple):
+            if value in sequences:
+                set_attribute(module, name, sequences[value])
+            continue
+        changed = {new for new in numbers.get(value, ()) if new != value}
+        unchanged = value in numbers.get(value, ())
+        if len(changed) == 1 and (not unchanged or re.search(r"head(?!.*dim)|group", name)):
+            set_attribute(module, name, changed.pop())
 
 
 def follow_weights(module: nn.Module) -> None:
@@ -52,10 +109,13 @@ def follow_weights(module: nn.Module) -> None:
         tensor = module.weight if module.weight is not None else module.running_mean
         if tensor is not None:
             module.num_features = len(tensor)
+    elif isinstance(module, nn.MultiheadAttention):
+        _follow_attention(module)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.GroupNorm) and module.weight is not None:
-        module.num_groups = module.num_groups * len(module.weight) // module.num_channels
+        groups = module.num_groups * len(module.weight) // module.num_channels
+        module.num_groups = max(1, groups)  # a single group goes on with fewer channels
         module.num_channels = len(module.weight)
     elif isinstance(module, nn.LayerNorm) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
@@ -64,6 +124,17 @@ def follow_weights(module: nn.Module) -> None:
             module,
             {"num_embeddings": len(module.weight), "embedding_dim": module.weight.shape[1]},
         )
+
+
+def _follow_attention(module: nn.MultiheadAttention) -> None:
+    packed = module.in_proj_weight is not None
+    rows, inputs = (module.in_proj_weight if packed else module.q_proj_weight).shape
+    if module.num_heads > 1:  # whole heads went; of a single one, channels
+        module.num_heads = (rows // 3 if packed else rows) // module.head_dim
+    module.embed_dim = inputs
+    module.kdim = inputs if packed else module.k_proj_weight.shape[1]
+    module.vdim = inputs if packed else module.v_proj_weight.shape[1]
+    PrunedMultiheadAttention.convert_unless_whole(module)
 
 
 def _set(module: nn.Module, values: Mapping[str, Any]) -> None:

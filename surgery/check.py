@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from paretoprune.surgery.execute import Execution
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
-from paretoprune.surgery.program import as_call, shared_copy
+from paretoprune.surgery.program import Instead, as_call
 from paretoprune.surgery.prune import masked_tensors, prune
 
+_ONE_BY_ONE = 6
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest output; a miswired network is far off."""
 
@@ -30,25 +37,74 @@ def half_plan(graph: PruningGraph, names: Sequence[str]) -> PruningPlan:
     return PruningPlan(kept)
 
 
-def broken(
-    model: nn.Module, graph: PruningGraph, example_inputs: Any
-) -> tuple[dict[str, str], set[str]]:
-    """Returns the groups (with reasons) and the blocks whose removal is not exact.
+def masked_outputs(
+    model: nn.Module, graph: PruningGraph, plan: PruningPlan, inputs: Any
+) -> list[Tensor]:
+    """Returns what the dense network computes once the units that go are zero: the oracle.
+
+    Averages over channels (layer norms and the like) leave the zeroed ones out.
 
     Args:
         model: The dense network.
         graph: Its graph.
+        plan: Its removed blocks are ignored.
+        inputs: A tensor, tuple of arguments or dict of keyword arguments.
+    """
+    masked = masked_tensors(model, graph, plan)
+    mask = graph.kept_mask(plan)
+    instead = {
+        name: _over_kept(dim, mask[units])
+        for name, (dim, units) in graph.statistics.items()
+        if not bool(mask[units].all())
+    }
+    if instead:
+        values = Execution(graph).run(masked, inputs, instead=instead)
+        return [values[name] for name in graph.program.outputs]
+    args, kwargs = as_call(inputs)
+    return _tensors(functional_call(model, masked, args, kwargs))
+
+
+def _over_kept(dim: int, kept: Tensor) -> Instead:
+    """Returns what applies an operator that averages over `dim` to the kept positions alone."""
+    positions = kept.nonzero().squeeze(1)
+
+    def computed(operator: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+        whole: Tensor = args[0]
+        index = positions.to(whole.device)
+        args = [whole.index_select(dim, index), *args[1:]]
+        if "norm" not in str(operator):
+            return operator(*args, **kwargs)
+        if "group_norm" not in str(operator):
+            args[1] = list(args[0].shape[-len(args[1]) :])
+            axis = dim - (whole.ndim - len(args[1]))
+        else:
+            axis = 0
+        args[2:4] = [
+            value.index_select(axis, index) if isinstance(value, Tensor) else value
+            for value in args[2:4]
+        ]
+        return torch.zeros_like(whole).index_copy(dim, index, operator(*args, **kwargs))
+
+    return computed
+
+
+def broken(
+    dense: nn.Module, graph: PruningGraph, example_inputs: Any
+) -> tuple[dict[str, str], set[str]]:
+    """Returns the groups (with reasons) and the blocks whose removal is not exact.
+
+    Args:
+        dense: The dense network, as `telling_copy` returns it.
+        graph: Its graph.
         example_inputs: Inputs of the comparison.
     """
-    dense = shared_copy(model).eval()
     reasons: dict[str, str] = {}
 
     def group_fails(names: Sequence[str]) -> bool:
         plan = half_plan(graph, names)
-        masked = masked_tensors(dense, graph, plan)
         args, kwargs = as_call(example_inputs)
         problem = _differs(
-            lambda: functional_call(dense, masked, args, kwargs),
+            lambda: masked_outputs(dense, graph, plan, example_inputs),
             lambda: prune(dense, graph, plan)(*args, **kwargs),
         )
         for name in names:
@@ -67,27 +123,94 @@ def broken(
         return problem is not None
 
     open_names = [group.name for group in graph.open_groups]
-    guilty = _bisect(open_names, group_fails)
-    blocks = set(_bisect(list(graph.blocks), block_fails))
+    guilty = _guilty(open_names, group_fails)
+    blocks = set(_guilty(list(graph.blocks), block_fails))
     return {name: reasons[name] for name in guilty}, blocks
 
 
-def _bisect(names: list[str], fails: Callable[[Sequence[str]], bool]) -> list[str]:
-    """Returns the names that make `fails` true, alone or together with others of the list."""
+def telling_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy in eval mode, sharing tensors, whose every unit has a say in the outputs.
+
+    Fresh networks have layers of zeros and scales that are all equal, behind which any wrong
+    wiring would compute the right thing: such parameters and statistics become random.
+    """
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
+    }
+    statistics = [
+        tensor
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        for tensor in (module.running_mean, module.running_var)
+        if tensor is not None
+    ]
+    for tensor in (*model.parameters(), *statistics):
+        flat = tensor.detach()
+        if (
+            not tensor.is_floating_point()
+            or tensor.numel() < 2
+            or bool((flat != flat.reshape(-1)[0]).any())
+        ):
+            continue
+        random = torch.rand(tensor.shape, generator=generator) + 0.5
+        if tensor.squeeze().ndim > 1:
+            random = (random - 1) / tensor[0].numel() ** 0.5
+        random = random.to(tensor.device, tensor.dtype)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(random, tensor.requires_grad) if is_parameter else random
+    return copy.deepcopy(model, memo).eval()
+
+
+def _guilty(names: list[str], fails: Callable[[Sequence[str]], bool]) -> list[str]:
+    """Returns the names that make `fails` true, alone or together with others of the list.
+
+    Halves the list down to a few names, which are then tried one by one: where one layer of a kind
+    fails, its neighbours usually do, and trying each is cheaper than halving on.
+    """
     if not names or not fails(names):
         return []
-    if len(names) == 1:
-        return names
-    middle = len(names) // 2
-    guilty = _bisect(names[:middle], fails) + _bisect(names[middle:], fails)
+    if len(names) <= _ONE_BY_ONE:
+        guilty = [name for name in names if fails([name])] if len(names) > 1 else names
+    else:
+        middle = len(names) // 2
+        guilty = _guilty(names[:middle], fails) + _guilty(names[middle:], fails)
     rest = [name for name in names if name not in guilty]
     if rest and (not guilty or fails(rest)):  # only the combination fails: keep none of it
-        return names if not guilty else guilty + _bisect_rest(rest, fails)
+        return names
     return guilty
 
 
-def _bisect_rest(names: list[str], fails: Callable[[Sequence[str]], bool]) -> list[str]:
-    return [name for name in names if fails([name])] or names
+def failing_module(dense: nn.Module, graph: PruningGraph, example_inputs: Any) -> str | None:
+    """Returns the innermost module in which a network raises once half of all units are gone.
+
+    Args:
+        dense: The dense network.
+        graph: Its graph.
+        example_inputs: Inputs of the run.
+    """
+    small = prune(dense, graph, half_plan(graph, [group.name for group in graph.open_groups]))
+    names = {module: name for name, module in small.named_modules()}
+    running: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(names.get(module, ""))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        running.pop()
+
+    args, kwargs = as_call(example_inputs)
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            small(*args, **kwargs)
+    except Exception:  # of whatever kind: its code depends on a size that changed
+        return running[-1] if running else None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
 
 
 def _differs(reference: Callable[[], Any], pruned: Callable[[], Any]) -> str | None:

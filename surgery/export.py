@@ -111,10 +111,21 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Keeps torch's transformer layers from running as one operator, which hides what is in it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     try:
         # Without gradients, a `torch.no_grad()` in the model's code makes no graph of its own.
-        with _quiet(), torch.no_grad():
+        with _quiet(), _unfused(), torch.no_grad():
             exported = torch.export.export(
                 shared_copy(model).eval(), args, kwargs or None, strict=False
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from paretoprune.surgery.cost import Cost, Polynomial
 from paretoprune.surgery.groups import Block, PrunableGroup
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Program
+
+if TYPE_CHECKING:
+    from paretoprune.surgery.record import Recording
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,43 @@ class Extent:
     branches: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Number:
+    """A size in the code that counts units, and must follow those that stay.
+
+    Attributes:
+        value: The size in the dense network.
+        units: For every position it counts the units there, as in `PruningGraph.units`; shape
+            (value, anything). A position stays when any of them does.
+    """
+
+    value: int
+    units: Tensor
+
+    def kept(self, mask: Tensor) -> int:
+        """Returns the size after surgery, given `kept_mask`."""
+        return int(mask[self.units].any(1).sum())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A slice or split of a channel dim.
+
+    Attributes:
+        dim: The dim.
+        units: The unit at each position along it.
+        stops: Where the dim is cut.
+    """
+
+    dim: int
+    units: Tensor
+    stops: tuple[int, ...]
+
+    def kept(self, mask: Tensor) -> tuple[int, ...]:
+        """Returns where the dim is cut after surgery, given `kept_mask`."""
+        return tuple(int(mask[self.units[:stop]].sum()) for stop in self.stops)
+
+
 class PruningGraph:
     """Prunable groups, removable blocks and costs of a dense network; picklable, no modules.
 
@@ -45,6 +86,10 @@ class PruningGraph:
         layouts: Likewise for values whose size is written in the program, by node; one tensor
             that broadcasts to the value's shape.
         extents: The nodes of every block.
+        numbers: Sizes in the code, by module.
+        cuts: Slices and splits of channel dims, by node.
+        statistics: For every node that averages over units: (dim, the unit at each position).
+        recorded: Modules that lose their code when they lose units, with what stands for it.
     """
 
     def __init__(
@@ -57,6 +102,10 @@ class PruningGraph:
         pads: Mapping[str, tuple[int, Tensor]],
         layouts: Mapping[str, Tensor],
         extents: Mapping[str, Extent],
+        numbers: Mapping[str, tuple[Number, ...]],
+        cuts: Mapping[str, Cut],
+        statistics: Mapping[str, tuple[int, Tensor]],
+        recorded: Mapping[str, Recording],
         macs: Polynomial,
         params: Polynomial,
     ) -> None:
@@ -67,6 +116,10 @@ class PruningGraph:
         self.pads = dict(pads)
         self.layouts = dict(layouts)
         self.extents = dict(extents)
+        self.numbers = dict(numbers)
+        self.cuts = dict(cuts)
+        self.statistics = dict(statistics)
+        self.recorded = dict(recorded)
         self._macs = macs
         self._params = params
         self._sizes = torch.tensor([g.size for g in groups.values()], dtype=torch.float64)

@@ -32,12 +32,16 @@ class PrunableGroup:
         size: Number of units.
         slices: Every place where the units lie.
         frozen: None, or the reason why the units cannot be removed.
+        statistics: Qualified names of the modules that average over the units (layer norms and
+            the like). They average over the units that stay, so that a pruned network equals the
+            masked one only with the masked units left out of their averages.
     """
 
     name: str
     size: int
     slices: tuple[ChannelSlice, ...]
     frozen: str | None = None
+    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ instead of modules.
 from __future__ import annotations
 
 import copy
+import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -126,6 +127,41 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+Instead = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any]
+"""(operator, args, kwargs) -> what stands for the operator's value."""
+
+
+def call(
+    node: Node,
+    values: Mapping[str, Any],
+    scaled: Callable[[int], int],
+    computed: Instead | None = None,
+) -> Any:
+    """Returns the value of a call.
+
+    Args:
+        node: The call.
+        values: The values that it reads, by name.
+        scaled: Turns a multiple of the traced batch size into that of this batch.
+        computed: What computes the value instead of the operator.
+    """
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, Ref):
+            return values[value.name]
+        if isinstance(value, BatchSize):
+            return scaled(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(resolve(item) for item in value)
+        return value
+
+    args = [resolve(argument) for argument in node.args]
+    kwargs = {key: resolve(value) for key, value in node.kwargs.items()}
+    operator = resolve_target(node.target)
+    return operator(*args, **kwargs) if computed is None else computed(operator, args, kwargs)
+
+
+@functools.cache
 def resolve_target(target: str) -> Any:
     """Returns the callable that a node's `target` names."""
     if target == "getitem":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paretoprune.surgery.attributes import follow_weights
+from paretoprune.surgery.attributes import follow_numbers, follow_weights
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
+from paretoprune.surgery.record import Recorded
+from paretoprune.surgery.skip import Skip
 
 
 def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module:
@@ -31,7 +34,7 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
     keep = _kept_positions(graph, mask)
     memo: dict[int, Any] = {}
     for name in plan.removed:
-        memo[id(model.get_submodule(name))] = nn.Identity().train(model.training)
+        memo[id(model.get_submodule(name))] = Skip().train(model.training)
     aliases: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for name, tensor in (
@@ -45,7 +48,18 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
         memo[key] = _sliced(tensor, [keep[name] for name in aliases[key] if name in keep])
     small = copy.deepcopy(model, memo)
     _follow(small, graph, mask, plan)
+    for name, recording in graph.recorded.items():
+        if name in plan.removed or _inside(name, plan.removed):
+            continue
+        if any(parameter.startswith(f"{name}.") for parameter in keep):
+            module = small.get_submodule(name)
+            _replace(small, name, Recorded(module, recording.resized(graph, mask)))
     return small
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, module)
 
 
 def _inside(name: str, blocks: tuple[str, ...]) -> bool:
@@ -77,6 +91,13 @@ def _sliced(tensor: Tensor, cuts: list[dict[int, Tensor]]) -> Tensor:
 def _follow(small: nn.Module, graph: PruningGraph, mask: Tensor, plan: PruningPlan) -> None:
     for module in small.modules():
         follow_weights(module)
+    for name, numbers in graph.numbers.items():
+        if _inside(f"{name}.", plan.removed):
+            continue
+        sizes: dict[int, set[int]] = {}
+        for number in numbers:
+            sizes.setdefault(number.value, set()).add(number.kept(mask))
+        follow_numbers(small.get_submodule(name), sizes, _sequences(graph, name, mask))
     for name, (dim, units) in graph.pads.items():
         if _inside(f"{name}.", plan.removed):
             continue
@@ -88,6 +109,21 @@ def _follow(small: nn.Module, graph: PruningGraph, mask: Tensor, plan: PruningPl
         widths[index] = int(kept[:before].sum())
         widths[index + 1] = int(kept[len(kept) - after :].sum())
         pad.padding = tuple(widths)
+
+
+def _sequences(
+    graph: PruningGraph, module: str, mask: Tensor
+) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Returns what the sizes of the parts become, for every split in a module's code."""
+    sequences = {}
+    for name, cut in graph.cuts.items():
+        if graph.program.nodes[name].module == module:
+            sequences[_differences(cut.stops)] = _differences(cut.kept(mask))
+    return sequences
+
+
+def _differences(stops: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in pairwise(stops))
 
 
 def masked_tensors(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> dict[str, Tensor]:

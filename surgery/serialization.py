@@ -16,9 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paretoprune.surgery.attributes import attribute_names
+from paretoprune.surgery.attention import PrunedMultiheadAttention
+from paretoprune.surgery.attributes import set_attribute, size_attributes
 from paretoprune.surgery.errors import UnsupportedModel
 from paretoprune.surgery.plan import PruningPlan
+from paretoprune.surgery.record import CONSTANT, Recorded, Recording
+from paretoprune.surgery.skip import Skip
 
 SCHEMA = 1
 """Version of the form of plan.json."""
@@ -58,16 +61,18 @@ def save(
     state = _unique_state(small)
     save_file(state, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # safetensors writes a file for its owner alone
-    layers = {
-        name: {key: _plain(getattr(module, key)) for key in attribute_names(module)}
-        for name, module in _sized_layers(small).items()
-    }
+    layers = _sizes(small)
     described = {
         "schema": SCHEMA,
         "reference": reference,
         "arguments": dict(arguments or {}),
         "plan": plan.to_json(),
         "layers": layers,
+        "recorded": {
+            name: module.recording.to_json()
+            for name, module in small.named_modules()
+            if isinstance(module, Recorded)
+        },
         "inputs": _describe(example_inputs),
         "metrics": dict(metrics or {}),
         "versions": {"torch": torch.__version__},
@@ -104,7 +109,7 @@ def load(
     model = _dense(dense, described)
     try:
         _shrink(model, described, state)
-    except (AttributeError, LookupError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} does not fit {type(model).__name__}: {error}; give the function that "
             f"builds the network it was exported from."
@@ -127,7 +132,7 @@ def read_plan(directory: str | Path) -> dict[str, Any]:
         described: dict[str, Any] = json.loads((folder / PLAN).read_text())
         schema = described["schema"]
         PruningPlan.from_json(described["plan"])
-        missing = {"sha256", "layers", "reference", "arguments"} - set(described)
+        missing = {"sha256", "layers", "recorded", "reference", "arguments"} - set(described)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / PLAN} is no plan ({error}).") from error
     if missing or schema != SCHEMA:
@@ -139,9 +144,10 @@ def read_plan(directory: str | Path) -> dict[str, Any]:
     return described
 
 
-def _sized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the layers that have attributes surgery may rewrite, by name."""
-    return {name: module for name, module in model.named_modules() if attribute_names(module)}
+def _sizes(model: nn.Module) -> dict[str, dict[str, int | tuple[int, ...]]]:
+    """Returns the attributes that surgery may rewrite, by module that has any."""
+    found = {name: size_attributes(module) for name, module in model.named_modules()}
+    return {name: sizes for name, sizes in found.items() if sizes}
 
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:
@@ -217,21 +223,30 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
 def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Gives the dense network the export's tensors and layer attributes, in place."""
     for name in described["plan"]["removed"]:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity())
-    layers = _sized_layers(model)
+        _set_module(model, name, Skip())
+    for name, recording in described["recorded"].items():
+        prefix = f"{name}.{CONSTANT}"
+        constants = {
+            key.removeprefix(f"{name}."): value
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        runner = Recorded(model.get_submodule(name), Recording.from_json(recording, constants))
+        _set_module(model, name, runner)
+    layers = _sizes(model)
     odd = sorted(set(layers) ^ set(described["layers"]))
     if odd:
         raise LookupError(f"layer {odd[0]!r} is in one of them only")
-    for name, values in described["layers"].items():
-        module = layers[name]
-        if set(values) != set(attribute_names(module)):
+    for name, sizes in described["layers"].items():
+        if set(sizes) != set(layers[name]):
             raise LookupError(
-                f"layer {name!r} has the attributes {', '.join(attribute_names(module))} and not "
-                f"{', '.join(sorted(values))}"
+                f"layer {name!r} has the sizes {', '.join(layers[name])} and not "
+                f"{', '.join(sorted(sizes))}"
             )
-        for key, value in values.items():
-            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+        for key, value in sizes.items():
+            if not _is_size(value):
+                raise LookupError(f"{key} of layer {name!r} is no size: {value!r}")
+            set_attribute(model.get_submodule(name), key, value)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     odd = sorted(set(tensors) ^ set(state))
     if odd:
@@ -240,6 +255,19 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
         if tensor.ndim != state[name].ndim or tensor.dtype != state[name].dtype:
             raise LookupError(f"tensor {name!r} has another rank or dtype")
         _replace(model, tensor, state[name])
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            PrunedMultiheadAttention.convert_unless_whole(module)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _is_size(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(type(item) is int for item in values)
 
 
 def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
@@ -253,10 +281,6 @@ def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
             for key, tensor in table.items():
                 if tensor is old:
                     table[key] = value  # type: ignore[assignment]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (tuple, list)) else value
 
 
 def _describe(example_inputs: Any) -> Any:

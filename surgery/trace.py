@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.blocks import find_blocks
-from paretoprune.surgery.check import broken
+from paretoprune.surgery.check import broken, failing_module, telling_copy
 from paretoprune.surgery.cost import Factor, Polynomial, Term
 from paretoprune.surgery.export import export_program
-from paretoprune.surgery.graph import Extent, PruningGraph
+from paretoprune.surgery.graph import Cut, Extent, Number, PruningGraph
 from paretoprune.surgery.groups import Block, ChannelSlice, PrunableGroup
 from paretoprune.surgery.labels import Labels
 from paretoprune.surgery.program import Program
+from paretoprune.surgery.record import Recording, record
+from paretoprune.surgery.resize import VIEWS
 from paretoprune.surgery.tracer import Tracer
-
-_SIZED = tuple(
-    f"aten.{name}" for name in ("view", "reshape", "_unsafe_view", "expand", "unflatten", "split")
-)
 
 
 def trace(model: nn.Module, example_inputs: Any) -> PruningGraph:
@@ -40,19 +39,46 @@ def trace(model: nn.Module, example_inputs: Any) -> PruningGraph:
     program = export_program(model, example_inputs)
     tracer = Tracer(program, model)
     tracer.walk()
-    classes, frozen = tracer.unions.solve()
+    classes, frozen = tracer.settle()
     tracer.parameter_axes(classes, frozen)
     groups, unit_of_class = _form_groups(tracer, classes, frozen)
     extents = find_blocks(program)
-    graph = _build(tracer, classes, groups, unit_of_class, extents)
-    groups_broken, blocks_broken = broken(model, graph, example_inputs)
+    telling = telling_copy(model)
+    recorded: dict[str, Recording] = {}
+    while True:
+        graph = _build(tracer, classes, groups, unit_of_class, extents, recorded)
+        more = _recordings(telling, graph, example_inputs)
+        if not more:
+            break
+        recorded |= more
+    groups_broken, blocks_broken = broken(telling, graph, example_inputs)
     if groups_broken or blocks_broken:
         for name, reason in groups_broken.items():
-            group = groups[name]
-            groups[name] = PrunableGroup(name, group.size, group.slices, reason)
+            groups[name] = dataclasses.replace(groups[name], frozen=reason)
         extents = {name: e for name, e in extents.items() if name not in blocks_broken}
-        graph = _build(tracer, classes, groups, unit_of_class, extents)
+        graph = _build(tracer, classes, groups, unit_of_class, extents, recorded)
     return graph
+
+
+def _recordings(
+    model: nn.Module, graph: PruningGraph, example_inputs: Any
+) -> dict[str, Recording]:
+    """Returns what must stand for code that cannot follow half of the units going.
+
+    That is the code of the innermost module of the user's in which the pruned network raises, and
+    of all others of its class.
+    """
+    path = failing_module(model, graph, example_inputs)
+    while path:
+        if path in graph.recorded:  # its sizes follow, so something else is wrong
+            break
+        kind = type(model.get_submodule(path))
+        if not kind.__module__.startswith("torch."):
+            alike = [name for name, module in model.named_modules() if type(module) is kind]
+            found = record(model, graph, alike, example_inputs)
+            return {name: item for name, item in found.items() if name not in graph.recorded}
+        path = path.rpartition(".")[0]
+    return {}
 
 
 def _form_groups(
@@ -63,15 +89,16 @@ def _form_groups(
     Units with the same slices, equally often in each, and the same reason form a group.
     """
     axes = {key: classes[ids] for key, ids in tracer.axes.items()}
+    n_classes = int(classes.max()) + 1
     generator = torch.Generator().manual_seed(0)
-    signature = torch.zeros(len(classes), dtype=torch.int64)
+    signature = torch.zeros(n_classes, dtype=torch.int64)
     for ids in axes.values():
-        signature += ids.bincount(minlength=len(classes)) * _hash(generator)
+        signature += ids.bincount(minlength=n_classes) * _hash(generator)
     reasons = {"": 0} | {reason: _hash(generator) for reason in dict.fromkeys(frozen.values())}
     for root, why in frozen.items():
         signature[root] += reasons[why]
     members: dict[str, Tensor] = {}
-    seen = torch.zeros(len(classes), dtype=torch.bool)
+    seen = torch.zeros(n_classes, dtype=torch.bool)
     seen[0] = True
     for parameter, axis in tracer.producers:
         ids = axes[parameter, axis]
@@ -81,12 +108,28 @@ def _form_groups(
                 seen[roots] = True
                 members[_unused(parameter.rpartition(".")[0] or parameter, members)] = roots
     groups = {}
-    slices = _slices(axes, list(members.values()), len(classes))
+    slices = _slices(axes, list(members.values()), n_classes)
+    averages = _averages(tracer, classes, members)
     for (name, roots), found in zip(members.items(), slices, strict=True):
         lone = "all its channels are one unit" if len(roots) == 1 else None
         reason = frozen.get(int(roots[0]), lone)
-        groups[name] = PrunableGroup(name, len(roots), found, reason)
+        groups[name] = PrunableGroup(name, len(roots), found, reason, averages[name])
     return groups, members
+
+
+def _averages(
+    tracer: Tracer, classes: Tensor, members: Mapping[str, Tensor]
+) -> dict[str, tuple[str, ...]]:
+    """Returns, by group, the modules that average over its units."""
+    owner = torch.full((int(classes.max()) + 1,), -1, dtype=torch.int64)
+    for index, roots in enumerate(members.values()):
+        owner[roots] = index
+    found: list[dict[str, None]] = [{} for _ in members]
+    for name, (_, line) in tracer.statistics.items():
+        for index in owner[classes[line]].unique().tolist():
+            if index >= 0:
+                found[index][tracer.program.nodes[name].module] = None
+    return dict(zip(members, map(tuple, found), strict=True))
 
 
 def _hash(generator: torch.Generator) -> int:
@@ -131,10 +174,12 @@ def _build(
     groups: Mapping[str, PrunableGroup],
     members: Mapping[str, Tensor],
     extents: Mapping[str, Extent],
+    recorded: Mapping[str, Recording],
 ) -> PruningGraph:
     program = tracer.program
-    unit = torch.full((len(classes),), -1, dtype=torch.int64)
-    owner = torch.full((len(classes),), -1, dtype=torch.int64)
+    n_classes = int(classes.max()) + 1
+    unit = torch.full((n_classes,), -1, dtype=torch.int64)
+    owner = torch.full((n_classes,), -1, dtype=torch.int64)
     start = 0
     for index, group in enumerate(groups.values()):
         if group.frozen is None:
@@ -180,6 +225,18 @@ def _build(
         pads=pads,
         layouts=_layouts(program, tracer, unit, classes),
         extents=extents,
+        numbers=_numbers(tracer, unit, classes),
+        cuts={
+            name: Cut(dim, unit[classes[line]].amax(1), stops)
+            for name, (dim, line, stops) in tracer.cuts.items()
+            if bool((unit[classes[line]] >= 0).any())
+        },
+        statistics={
+            name: (dim, unit[classes[line]])
+            for name, (dim, line) in tracer.statistics.items()
+            if bool((unit[classes[line]] >= 0).any())
+        },
+        recorded=recorded,
         macs=Polynomial(macs, len(groups), len(names)),
         params=Polynomial(params, len(groups), len(names)),
     )
@@ -199,13 +256,25 @@ def _params_term(
     return Term(rest, tuple(factors), inside)
 
 
+def _numbers(tracer: Tracer, unit: Tensor, classes: Tensor) -> dict[str, tuple[Number, ...]]:
+    found: dict[str, dict[tuple[int, tuple[int, ...]], Number]] = {}
+    for number in tracer.numbers:
+        units = unit[classes[number.ids]].unique(dim=1)
+        key = (number.value, tuple(units.reshape(-1).tolist()))
+        found.setdefault(number.module, {})[key] = Number(number.value, units)
+    return {
+        module: tuple(numbers.values())
+        for module, numbers in found.items()
+        if any(bool((number.units >= 0).any()) for number in numbers.values())
+    }
+
+
 def _layouts(program: Program, tracer: Tracer, unit: Tensor, classes: Tensor) -> dict[str, Tensor]:
     layouts = {}
     for node in program.nodes.values():
         value = tracer.values.get(node.name)
-        if isinstance(value, tuple) and value:  # parts of equal size
-            value = value[0]
-        if node.target.startswith(_SIZED) and isinstance(value, Labels) and value.present:
+        sized = node.operator in VIEWS or node.operator == "group_norm"
+        if sized and isinstance(value, Labels) and value.present:
             layouts[node.name] = unit[classes[value.ids]]
     return layouts
 

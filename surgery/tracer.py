@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from paretoprune.surgery.labels import Labels, Unions
+from paretoprune.surgery.labels import Labels, Unions, compressed
 from paretoprune.surgery.program import Node, Program, Ref, Shape, resolve_target
 from paretoprune.surgery.rules import RULES
 
@@ -32,6 +33,26 @@ class MacsTerm:
     factors: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number in the code of a module that counts channels.
+
+    Attributes:
+        module: Qualified name.
+        value: The number.
+        ids: Labels of the positions that it counts, shape (value, anything): a position stays
+            when any of its labels does.
+    """
+
+    module: str
+    value: int
+    ids: Tensor
+
+
+_MOVES_AXES = {"t": True, "numpy_T": True, "transpose": True, "permute": True, "movedim": True}
+_MOVES_AXES |= dict.fromkeys(("contiguous", "clone", "detach", "alias", "to"), False)
+
+
 class Tracer:
     """The state of one walk; operator rules read values from it and report to it.
 
@@ -41,6 +62,11 @@ class Tracer:
         axes: For every parameter axis that has channels, their labels.
         producers: Parameter axes whose channels an operator makes, in execution order.
         pads: For every channel-padding module its (dim, labels of the padded value).
+        weights: Names of the values that depend on parameters and buffers alone.
+        splits: Labels over the dims that a channel dim was split into.
+        numbers: Numbers in the code that count channels.
+        cuts: For every node that cuts a channel dim: (dim, labels along it, boundaries).
+        statistics: For every node that averages over channels: (dim, labels along it).
     """
 
     def __init__(self, program: Program, model: nn.Module) -> None:
@@ -51,12 +77,21 @@ class Tracer:
         self.producers: list[tuple[str, int]] = []
         self.terms: list[MacsTerm] = []
         self.pads: dict[str, tuple[int, Labels]] = {}
+        self.weights: set[str] = set()
+        self.splits: list[Tensor] = []
+        self.numbers: list[Number] = []
+        self.cuts: dict[str, tuple[int, Tensor, tuple[int, ...]]] = {}
+        self.statistics: dict[str, tuple[int, Tensor]] = {}
+        self._conditions: list[tuple[Tensor, Tensor, list[int], str]] = []
         self._elements: dict[str, Labels] = {}
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
 
     def walk(self) -> None:
         """Runs every node's rule, then freezes what the model returns."""
         for node in self.program.nodes.values():
+            refs = list(node.refs())
+            if node.kind == "parameter" or (refs and self.weights.issuperset(refs)):
+                self.weights.add(node.name)
             if node.kind == "call":
                 self._call(node)
             elif node.kind != "parameter":
@@ -72,6 +107,8 @@ class Tracer:
             rule = RULES["pointwise"]
         if rule is not None:
             result = rule(self, node)
+        elif node.shape is None:  # an assertion or a query of sizes: no channels flow
+            result = None
         else:
             for name in node.refs():
                 self._freeze(self.value(Ref(name)), f"reaches {packet}, which has no rule")
@@ -132,6 +169,111 @@ class Tracer:
         else:
             self.axes[key] = ids.clone()
 
+    def read(self, item: Ref | Labels) -> Labels:
+        """Returns the labels of an operand that may be given by its labels."""
+        return item if isinstance(item, Labels) else self.labels(item)
+
+    def is_weight(self, item: Ref | Labels) -> bool:
+        """Returns whether an operand depends on parameters and buffers alone."""
+        return isinstance(item, Ref) and item.name in self.weights
+
+    def weight_axes(self, item: Ref | Labels) -> tuple[str, tuple[int, ...]] | None:
+        """Returns the parameter that an operand is, up to the order of its axes.
+
+        Returns:
+            Its name, and for every dim of the operand the parameter's axis; None if the operand
+            is anything else.
+        """
+        if not self.is_weight(item):
+            return None
+        node = self.program.nodes[item.name]  # type: ignore[union-attr]
+        moves: list[Node] = []
+        while node.kind == "call" and node.operator in _MOVES_AXES:
+            moves.append(node)
+            node = self.program.nodes[node.args[0].name]
+        if node.kind != "parameter":
+            return None
+        axes = torch.empty(tuple(range(1, len(self.shape(Ref(node.name))) + 1)), device="meta")
+        for move in reversed(moves):
+            if _MOVES_AXES[move.operator]:
+                axes = resolve_target(move.target)(axes, *move.args[1:], **move.kwargs)
+        return node.target, tuple(size - 1 for size in axes.shape)
+
+    def narrowed(self, labels: Labels, dims: Sequence[int]) -> Labels:
+        """Returns the labels made equal along some dims."""
+        ids = labels.ids
+        for dim in dims:
+            self.unions.unify(ids, ids.narrow(dim, 0, 1), "goes together with fixed channels")
+            ids = ids.narrow(dim, 0, 1)
+        return Labels(ids, labels.shape)
+
+    def constant(self, ref: Ref, dims: Sequence[int], reason: str) -> Labels:
+        """Returns the labels of a value that must stay whole along some dims.
+
+        Where its labels also vary along other dims, those are the units; else the channels stay.
+        """
+        labels = self.labels(ref)
+        if self.is_weight(ref) or set(labels.varying) - set(dims):
+            return self.narrowed(labels, dims)
+        return self.freeze(labels, reason)
+
+    def meets(self, labels: Labels, other: Labels, repeated: list[int], reason: str) -> None:
+        """Notes that two values meet, of which the other may be repeated along some dims.
+
+        If the units turn out to lie along the repeated dims, the other value serves all of them
+        and stays whole; else both lose the same channels.
+        """
+        if repeated:
+            self._conditions.append((labels.ids, other.ids, repeated, reason))
+        else:
+            self.unions.unify(labels.ids, other.ids, reason)
+
+    def settle(self) -> tuple[Tensor, dict[int, str]]:
+        """Decides what reading alone left open; returns the class of every label.
+
+        Classes are numbered from 0, the class of what always stays. With them come the reasons of
+        those that are frozen.
+
+        A split channel dim whose parts are not decided by what reads them has its units along
+        the last part.
+        """
+        classes, frozen = self.unions.solve()
+        for ids in self.splits:
+            while len(varying := compressed(classes[ids], ids.shape).varying) > 1:
+                self.narrowed(Labels(ids, tuple(ids.shape)), varying[:1])
+                ids = ids.narrow(varying[0], 0, 1)
+                classes, frozen = self.unions.solve()
+        for ids, other, repeated, reason in self._conditions:
+            varying = compressed(classes[ids], ids.shape).varying
+            if set(varying) <= set(repeated):
+                self.unions.freeze(other, "serves units that go as a whole")
+            else:
+                self.unions.unify(ids, other, reason)
+                classes, frozen = self.unions.solve()
+        classes, frozen = self.unions.solve()
+        roots, compact = classes.unique(return_inverse=True)  # the class of label 0 stays 0
+        number = dict(zip(roots.tolist(), range(len(roots)), strict=True))
+        return compact, {number[root]: reason for root, reason in frozen.items()}
+
+    def number(self, node: Node, value: int, labels: Labels, dim: int) -> None:
+        """Notes that the code of a node's module writes how many positions a dim has."""
+        if dim % len(labels.shape) in labels.varying:
+            moved = labels.ids.movedim(dim, 0)
+            self.numbers.append(Number(node.module, int(value), moved.reshape(len(moved), -1)))
+
+    def cut(self, node: Node, labels: Labels, dim: int, stops: Sequence[int]) -> None:
+        """Notes that a node cuts the channels along a dim at some boundaries."""
+        line = labels.ids.movedim(dim, 0).reshape(labels.ids.shape[dim], -1)
+        self.cuts[node.name] = (dim, line, tuple(stops))
+        for start, stop in zip((0, *stops), (*stops, len(line)), strict=True):
+            if stop > start:
+                self.numbers.append(Number(node.module, stop - start, line[start:stop]))
+                self.numbers.append(Number(node.module, stop, line[:stop]))
+
+    def statistic(self, node: Node, dim: int, line: Tensor) -> None:
+        """Notes that a node averages over the channels along a dim."""
+        self.statistics[node.name] = (dim, line)
+
     def macs(self, node: Node, per_position: float, *factors: Tensor) -> None:
         """Notes `per_position` MACs of the whole batch per kept position of every factor."""
         self.terms.append(MacsTerm(node.name, per_position / self.program.batch, factors))
@@ -171,7 +313,10 @@ class Tracer:
                 line = ids.amin(others) if others else ids
                 shape = [-1 if dim == axis else 1 for dim in range(ids.ndim)]
                 if line.numel() > 1 and bool((line.reshape(shape) == ids).all()):
-                    self.axes.setdefault((name, axis), line)
+                    first = labels.ids
+                    for dim in others:
+                        first = first.narrow(dim, 0, 1)
+                    self.axes.setdefault((name, axis), first.reshape(-1))
                     break
             else:
                 for root in ids.unique().tolist():

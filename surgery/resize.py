@@ -1,0 +1,98 @@
+"""Nodes of a program with the sizes that they have after surgery."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from paretoprune.surgery.graph import PruningGraph
+from paretoprune.surgery.program import Node
+
+VIEWS = {"view", "reshape", "_unsafe_view", "expand", "unflatten"}
+"""Operators whose code writes the sizes of the result."""
+
+
+def resized(graph: PruningGraph, node: Node, mask: Tensor) -> Node:
+    """Returns the node with every size in its arguments that counts channels set to those kept.
+
+    Args:
+        graph: From `trace`.
+        node: A call of its program.
+        mask: From `graph.kept_mask`.
+    """
+    position, value = _resized(graph, node, mask)
+    if value is None or value == node.args[position : position + len(value)]:
+        return node
+    args = (*node.args[:position], *value, *node.args[position + len(value) :])
+    return dataclasses.replace(node, args=args)
+
+
+def _resized(graph: PruningGraph, node: Node, mask: Tensor) -> tuple[int, tuple[Any, ...] | None]:
+    """Returns the arguments that change, and the position of the first."""
+    operator = node.operator
+    if operator in VIEWS and node.name in graph.layouts:
+        position = 2 if operator == "unflatten" else 1
+        return position, (_sizes(graph, node, node.args[position], mask),)
+    if node.name in graph.cuts:
+        return _cut(graph, node, mask)
+    if operator in ("layer_norm", "rms_norm") and node.name in graph.statistics:
+        dim, units = graph.statistics[node.name]
+        shape = list(node.args[1])
+        shape[dim - len(_shape(graph, node))] = int(mask[units].sum())
+        return 1, (type(node.args[1])(shape),)
+    if operator == "group_norm" and node.name in graph.layouts:
+        kept = _kept_along(graph.layouts[node.name], 1, mask)
+        if kept is not None:
+            return 1, (max(1, int(node.args[1]) * kept // _shape(graph, node)[1]),)
+    if operator.startswith("conv") and len(node.args) > 6 and node.args[6] > 1:
+        weight = graph.program.nodes[node.args[1].name]
+        rows = graph.units.get((weight.target, 0))
+        if rows is not None:
+            return 6, (int(node.args[6]) * int(mask[rows].sum()) // len(rows),)
+    if operator in ("pad", "constant_pad_nd") and node.module in graph.pads:
+        dim, units = graph.pads[node.module]
+        widths, kept_units = list(node.args[1]), mask[units]
+        before, after = widths[2 * dim], widths[2 * dim + 1]
+        widths[2 * dim] = int(kept_units[:before].sum())
+        widths[2 * dim + 1] = int(kept_units[len(kept_units) - after :].sum())
+        return 1, (type(node.args[1])(widths),)
+    return 0, None
+
+
+def _shape(graph: PruningGraph, node: Node) -> Any:
+    return graph.program.nodes[node.args[0].name].shape
+
+
+def _sizes(graph: PruningGraph, node: Node, sizes: Any, mask: Tensor) -> Any:
+    """Returns the sizes of a view's result that the code would compute for the kept channels."""
+    layout = graph.layouts[node.name]
+    source = _shape(graph, node)
+    first = int(node.args[1]) % len(source) if node.operator == "unflatten" else 0
+    result = []
+    for dim, size in enumerate(sizes, first):
+        kept = _kept_along(layout, dim, mask)
+        result.append(size if kept is None or size < 0 else type(size)(kept))
+    return type(sizes)(result)
+
+
+def _kept_along(layout: Tensor, dim: int, mask: Tensor) -> int | None:
+    """Returns how many positions along a dim stay; None if none of them ever goes."""
+    if layout.shape[dim] == 1:
+        return None
+    return int(mask[layout].movedim(dim, 0).reshape(layout.shape[dim], -1).any(1).sum())
+
+
+def _cut(graph: PruningGraph, node: Node, mask: Tensor) -> tuple[int, tuple[Any, ...] | None]:
+    stops = graph.cuts[node.name].kept(mask)
+    if node.operator == "slice":
+        return 2, stops
+    if node.operator == "narrow":
+        return 2, (stops[0], stops[1] - stops[0])
+    if node.operator == "split" and isinstance(node.args[1], int):
+        return 1, (stops[1],)
+    if node.operator in ("split", "split_with_sizes"):
+        return 1, (type(node.args[1])(b - a for a, b in pairwise(stops)),)
+    return 0, None  # chunk: the code gives a count

@@ -1,0 +1,83 @@
+"""One rule per operator: what it does to channel labels.
+
+To teach surgery an operator: write a function (tracer, node) -> labels of its output in the file
+of its kind, and add its line to `RULES`. An operator without a rule freezes the channels that
+reach it; an elementwise operator needs none (torch tags them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from paretoprune.surgery.rules import contraction, layers, norms, pointwise, reductions, shapes
+from paretoprune.surgery.rules.base import Result, Rule
+
+__all__ = ["RULES", "Result", "Rule"]
+
+_RULES: dict[str, Rule] = {"pointwise": pointwise.pointwise, "getitem": shapes.getitem}
+for _names, _rule in (
+    ("conv1d conv2d conv3d", layers.convolution),
+    ("conv_transpose1d conv_transpose2d conv_transpose3d", layers.transposed_convolution),
+    ("embedding", layers.embedding),
+    ("linear", contraction.linear),
+    ("matmul mm bmm mv", contraction.matmul),
+    ("addmm baddbmm", contraction.added_matmul),
+    ("einsum", contraction.einsum),
+    ("scaled_dot_product_attention", contraction.attention),
+    ("batch_norm instance_norm", norms.batch_norm),
+    ("layer_norm rms_norm", norms.layer_norm),
+    ("group_norm", norms.group_norm),
+    (
+        "hardswish hardsigmoid silu gelu mish elu leaky_relu celu selu softplus",
+        pointwise.pointwise,
+    ),
+    ("prelu", pointwise.prelu),
+    ("copy", pointwise.pointwise),
+    (
+        "dropout feature_dropout alpha_dropout contiguous clone detach alias to _to_copy type_as "
+        "fill zero lift_fresh_copy zeros_like ones_like full_like rand_like randn_like",
+        pointwise.same,
+    ),
+    (
+        "mean sum amax amin max min var std var_mean std_mean prod any all linalg_vector_norm "
+        "norm argmax logsumexp",
+        reductions.reduction,
+    ),
+    ("softmax _softmax log_softmax cumsum softmin logcumsumexp", reductions.along),
+    (
+        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+        "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+        "adaptive_max_pool3d max_pool2d_with_indices upsample_nearest1d upsample_nearest2d "
+        "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
+        "upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+        shapes.pooling,
+    ),
+    (
+        "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as",
+        shapes.view,
+    ),
+    ("permute transpose t numpy_T movedim swapaxes swapdims", shapes.permute),
+    ("cat concat concatenate", shapes.concatenation),
+    ("stack", shapes.stack),
+    ("slice narrow", shapes.slicing),
+    ("select", shapes.selection),
+    ("chunk split split_with_sizes tensor_split", shapes.splitting),
+    ("unbind", shapes.unbind),
+    ("expand expand_as", shapes.expand),
+    ("repeat tile", shapes.repeat),
+    ("repeat_interleave", shapes.repeat_interleave),
+    ("roll flip", shapes.moving),
+    ("unfold", shapes.unfolding),
+    ("index index_select", shapes.indexing),
+    ("pad constant_pad_nd", shapes.padding),
+    ("pixel_shuffle", shapes.pixel_shuffle),
+    ("pixel_unshuffle", shapes.pixel_unshuffle),
+    ("channel_shuffle native_channel_shuffle", shapes.channel_shuffle),
+    ("glu", shapes.glu),
+    ("new_zeros new_ones new_full new_empty empty_like", shapes.unlabelled),
+):
+    _RULES |= dict.fromkeys((f"aten.{name}" for name in _names.split()), _rule)
+
+RULES: Mapping[str, Rule] = MappingProxyType(_RULES)
+"""Rules by operator, without overload and without the underscore of in-place forms."""
