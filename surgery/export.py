@@ -28,14 +28,16 @@ from paretoprune.surgery.program import (
 )
 
 _SIZES = {"size", "sizes", "shape", "repeats", "split_size", "split_sizes", "start", "end"}
+_PRIMES = (97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _END = 2**63 - 1  # what a slice without end has as its end
 
 
 def export_program(model: nn.Module, example_inputs: Any) -> Program:
     """Exports `model` in eval mode; the model itself is left untouched.
 
-    Where sizes are written in the code, a second export, of a batch twice as large, tells which of
-    them are batch sizes.
+    Which of the sizes in its code are batch sizes is told by their being divisible by a prime that
+    divides no other: the batch that is exported has that size. Export computes nothing, so that a
+    large batch costs no more than a small one.
 
     Args:
         model: Any module that `torch.export` accepts.
@@ -45,57 +47,50 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
         UnsupportedModel: If `torch.export` refuses the model.
     """
     args, kwargs = as_call(example_inputs)
-    program = _export(model, args, kwargs)
-    if not any(_may_hold_batch(node, program.batch) for node in program.nodes.values()):
-        return program
+    rows = _batch(args, kwargs)
+    sizes = [tensor.shape for tensor in (*model.parameters(), *model.buffers())]
+    sizes += [leaf.shape[1:] for leaf in _tensors((args, kwargs))]
+    prime = next(p for p in _PRIMES if all(size % p for shape in sizes for size in shape))
 
-    def twice(value: Any) -> Any:
-        whole = isinstance(value, Tensor) and value.ndim and len(value) == program.batch
-        return torch.cat([value, value]) if whole else value
+    def many(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.ndim and len(value) == rows
+        return value.new_empty((prime, *value.shape[1:])) if whole else value
 
     try:
-        larger = _export(model, *torch.utils._pytree.tree_map(twice, (args, kwargs)))
-        return _with_batch_sizes(program, larger)
-    except ValueError:  # the model takes no other batch size, or its code depends on it otherwise
-        return program
+        program = _export(model, *torch.utils._pytree.tree_map(many, (args, kwargs)))
+    except UnsupportedModel:  # the model may take no other batch size
+        return _export(model, args, kwargs)
+    nodes = {node.name: _with_batch_sizes(node, prime) for node in program.nodes.values()}
+    return dataclasses.replace(program, nodes=nodes)
 
 
-def _may_hold_batch(node: Node, batch: int) -> bool:
-    """Whether an argument that is a size by its name may be a multiple of the batch size."""
-    if not node.target.startswith("aten."):
-        return False
-    names = [argument.name for argument in resolve_target(node.target)._schema.arguments]
-    leaves = [
-        leaf
-        for name, value in zip(names, node.args, strict=False)  # defaults may be missing
-        if name in _SIZES
-        for leaf in torch.utils._pytree.tree_leaves(value)
-    ]
-    return any(isinstance(leaf, int) and 0 < leaf < _END and leaf % batch == 0 for leaf in leaves)
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _with_batch_sizes(program: Program, larger: Program) -> Program:
-    """Returns the program with `BatchSize` where the program of two batches has twice as much.
+def _with_batch_sizes(node: Node, prime: int) -> Node:
+    """Returns the node with `BatchSize` for the sizes among its arguments that the prime divides.
 
-    Raises:
-        ValueError: If they differ otherwise.
+    Args:
+        node: Any node.
+        prime: Size of the batch that was exported.
     """
 
-    def mark(value: Any, other: Any) -> Any:
+    def mark(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
-            return type(value)(mark(a, b) for a, b in zip(value, other, strict=True))
-        if isinstance(value, int) and not isinstance(value, bool) and value != other:
-            if other != 2 * value or value % program.batch:
-                raise ValueError(f"{value} becomes {other} for two batches.")
+            return type(value)(mark(item) for item in value)
+        if type(value) is int and 0 < value < _END and value % prime == 0:
             return BatchSize(value)
         return value
 
-    nodes = {}
-    for node, other in zip(program.nodes.values(), larger.nodes.values(), strict=True):
-        if node.target != other.target:
-            raise ValueError(f"{node.target} becomes {other.target} for two batches.")
-        nodes[node.name] = dataclasses.replace(node, args=mark(node.args, other.args))
-    return dataclasses.replace(program, nodes=nodes)
+    if node.kind != "call" or not node.target.startswith("aten."):
+        return node
+    names = [argument.name for argument in resolve_target(node.target)._schema.arguments]
+    args = tuple(  # defaults may be missing
+        mark(value) if name in _SIZES else value
+        for name, value in zip(names, node.args, strict=False)
+    )
+    return dataclasses.replace(node, args=args)
 
 
 @contextmanager

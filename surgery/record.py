@@ -119,7 +119,7 @@ class Recorded(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the module would."""
         leaves = pytree.tree_leaves((args, kwargs))
-        rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
+        rows = next(len(leaf) for leaf in leaves if _has_rows(leaf))
         names = self.recording.inputs
         values: Values = {n: v for n, v in zip(names, leaves, strict=True) if n is not None}
 
@@ -182,7 +182,7 @@ def record(
     members: dict[str, dict[str, Node]] = {name: {} for name in calls}
     for node in graph.program.nodes.values():
         for name in node.calls:
-            if name in members:
+            if name in members and node.shape is not None:  # the others are assertions
                 members[name][node.name] = node
     wanted = {ref for nodes in members.values() for node in nodes.values() for ref in node.refs()}
     wanted |= {name for nodes in members.values() for name in nodes}
@@ -197,8 +197,10 @@ def record(
 
     Execution(graph).run(model, example_inputs, after=keep)
     found = {}
+    args, kwargs = as_call(example_inputs)
+    batch = next(len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if _has_rows(leaf))
     for name, (arguments, output) in calls.items():
-        recording = _recorded(name, model, graph, members[name], values, arguments, output)
+        recording = _recorded(name, model, graph, members[name], values, arguments, output, batch)
         if recording is not None:
             found[name] = recording
     return found
@@ -233,6 +235,7 @@ def _recorded(
     values: Values,
     arguments: Sequence[Any],
     output: Any,
+    batch: int,
 ) -> Recording | None:
     program = graph.program
     if not nodes or any(extent.nodes < set(nodes) for extent in graph.extents.values()):
@@ -262,7 +265,8 @@ def _recorded(
             constants[buffer] = source.value
             steps.append(dataclasses.replace(source, kind="parameter", target=buffer, value=None))
         else:
-            position = _position(values.get(ref), arguments)
+            value = state.get(source.target) if source.kind == "parameter" else values.get(ref)
+            position = _position(value, arguments)
             if position is None or inputs[position] is not None:
                 return None
             inputs[position] = ref
@@ -271,10 +275,15 @@ def _recorded(
         steps.append(dataclasses.replace(node, kwargs=kwargs))
     named = {key: value for key, value in values.items() if key in nodes}
     outputs = _names(output, named)
-    rows = next((len(leaf) for leaf in arguments if isinstance(leaf, Tensor) and leaf.ndim), 0)
-    if outputs is None or not rows:
+    rows = next((len(leaf) for leaf in arguments if _has_rows(leaf)), 0)
+    if outputs is None or rows * program.batch % batch:
         return None
-    return Recording(tuple(steps), tuple(inputs), outputs, rows, constants)
+    rows = rows * program.batch // batch  # of the batch that was exported
+    return Recording(tuple(steps), tuple(inputs), outputs, rows, constants) if rows else None
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _position(value: Any, leaves: Sequence[Any]) -> int | None:

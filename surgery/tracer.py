@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from paretoprune.surgery.labels import Labels, Unions, compressed
-from paretoprune.surgery.program import Node, Program, Ref, Shape, resolve_target
+from paretoprune.surgery.program import BatchSize, Node, Program, Ref, Shape, resolve_target
 from paretoprune.surgery.rules import RULES
 
 Value = Labels | tuple[Labels, ...] | None
@@ -259,6 +259,9 @@ class Tracer:
         """Notes that the code of a node's module writes how many positions a dim has."""
         if dim % len(labels.shape) in labels.varying:
             moved = labels.ids.movedim(dim, 0)
+            if isinstance(value, BatchSize):  # the code says batch * heads, batch first
+                value //= self.program.batch
+                moved = moved[:value]
             self.numbers.append(Number(node.module, int(value), moved.reshape(len(moved), -1)))
 
     def cut(self, node: Node, labels: Labels, dim: int, stops: Sequence[int]) -> None:
