@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,8 +89,69 @@ def _over_kept(dim: int, kept: Tensor) -> Instead:
     return computed
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A run of a pruned network.
+
+    Attributes:
+        outputs: Its floating-point outputs; None if it raised.
+        error: What it raised, in one line.
+        module: The innermost module that raised; empty for the network itself.
+    """
+
+    outputs: list[Tensor] | None
+    error: str = ""
+    module: str = ""
+
+
+def attempt(
+    dense: nn.Module, graph: PruningGraph, plan: PruningPlan, example_inputs: Any
+) -> Attempt:
+    """Returns what the pruned network does, of whatever kind its errors are.
+
+    Args:
+        dense: The dense network.
+        graph: Its graph.
+        plan: What to keep.
+        example_inputs: Inputs of the run.
+    """
+    small = prune(dense, graph, plan)
+    names = {module: name for name, module in small.named_modules()}
+    running: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(names.get(module, ""))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        running.pop()
+
+    args, kwargs = as_call(example_inputs)
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Attempt(_tensors(small(*args, **kwargs)))
+    except Exception as error:  # the code of the model depends on a size that changed
+        first = (str(error).splitlines() or [""])[0]
+        said = f"the pruned network raises {type(error).__name__}: {first[:120]}"
+        return Attempt(None, said, running[-1] if running else "")
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def whole_plan(graph: PruningGraph) -> PruningPlan:
+    """Returns the plan that the self-check begins with: half of every open group."""
+    return half_plan(graph, [group.name for group in graph.open_groups])
+
+
 def broken(
-    dense: nn.Module, graph: PruningGraph, example_inputs: Any
+    dense: nn.Module,
+    graph: PruningGraph,
+    example_inputs: Any,
+    first: Attempt,
+    *,
+    exhaustive: bool = False,
 ) -> tuple[dict[str, str], set[str]]:
     """Returns the groups (with reasons) and the blocks whose removal is not exact.
 
@@ -97,35 +159,48 @@ def broken(
         dense: The dense network, as `telling_copy` returns it.
         graph: Its graph.
         example_inputs: Inputs of the comparison.
+        first: The attempt at `whole_plan`.
+        exhaustive: Also lose every unit of every group once, without the others, and every block
+            alone.
     """
     reasons: dict[str, str] = {}
+    whole = whole_plan(graph)
+
+    def plan_fails(plan: PruningPlan) -> bool:
+        run = first if plan == whole else attempt(dense, graph, plan, example_inputs)
+        problem = _problem(run, lambda: masked_outputs(dense, graph, plan, example_inputs))
+        reasons.update(dict.fromkeys(plan.kept, f"the self-check failed: {problem}"))
+        return problem is not None
 
     def group_fails(names: Sequence[str]) -> bool:
-        plan = half_plan(graph, names)
-        args, kwargs = as_call(example_inputs)
-        problem = _differs(
-            lambda: masked_outputs(dense, graph, plan, example_inputs),
-            lambda: prune(dense, graph, plan)(*args, **kwargs),
-        )
-        for name in names:
-            reasons[name] = f"the self-check failed: {problem}"
-        return problem is not None
+        return plan_fails(half_plan(graph, names))
 
     def block_fails(names: Sequence[str]) -> bool:
         plan = PruningPlan(removed=tuple(names))
         branches = [branch for name in names for branch in graph.extents[name].branches]
-        args, kwargs = as_call(example_inputs)
-        reference = Execution(graph).run(dense, example_inputs, zeroed=branches)
-        problem = _differs(
-            lambda: list(reference.values()),
-            lambda: prune(dense, graph, plan)(*args, **kwargs),
+        run = attempt(dense, graph, plan, example_inputs)
+        execution = Execution(graph)
+        return (
+            _problem(run, lambda: execution.run(dense, example_inputs, zeroed=branches).values())
+            is not None
         )
-        return problem is not None
 
-    open_names = [group.name for group in graph.open_groups]
-    guilty = _guilty(open_names, group_fails)
+    names = [group.name for group in graph.open_groups]
+    guilty = _guilty(names, group_fails)
     blocks = set(_guilty(list(graph.blocks), block_fails))
+    if exhaustive:
+        for name in names:
+            if name not in guilty and (
+                group_fails([name]) or plan_fails(_other_half(graph, name))
+            ):
+                guilty.append(name)
+        blocks |= {name for name in graph.blocks if name not in blocks and block_fails([name])}
     return {name: reasons[name] for name in guilty}, blocks
+
+
+def _other_half(graph: PruningGraph, name: str) -> PruningPlan:
+    """Returns a plan that keeps the units that `half_plan` does not."""
+    return PruningPlan({name: tuple(range(1, graph.groups[name].size, 2))})
 
 
 def telling_copy(model: nn.Module) -> nn.Module:
@@ -181,54 +256,20 @@ def _guilty(names: list[str], fails: Callable[[Sequence[str]], bool]) -> list[st
     return guilty
 
 
-def failing_module(dense: nn.Module, graph: PruningGraph, example_inputs: Any) -> str | None:
-    """Returns the innermost module in which a network raises once half of all units are gone.
-
-    Args:
-        dense: The dense network.
-        graph: Its graph.
-        example_inputs: Inputs of the run.
-    """
-    small = prune(dense, graph, half_plan(graph, [group.name for group in graph.open_groups]))
-    names = {module: name for name, module in small.named_modules()}
-    running: list[str] = []
-
-    def enter(module: nn.Module, _: Any) -> None:
-        running.append(names.get(module, ""))
-
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        running.pop()
-
-    args, kwargs = as_call(example_inputs)
-    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            small(*args, **kwargs)
-    except Exception:  # of whatever kind: its code depends on a size that changed
-        return running[-1] if running else None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return None
-
-
-def _differs(reference: Callable[[], Any], pruned: Callable[[], Any]) -> str | None:
+def _problem(run: Attempt, reference: Callable[[], Iterable[Any]]) -> str | None:
+    """Returns in one line what is wrong with a run, None if nothing is."""
+    if run.outputs is None:
+        return run.error
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = _tensors(reference())
-        try:
-            actual = _tensors(pruned())
-        except Exception as error:  # the code of the model depends on a size that changed
-            first = (str(error).splitlines() or [""])[0]
-            return f"the pruned network raises {type(error).__name__}: {first[:120]}"
-    for a, b in zip(expected, actual, strict=True):
+        expected = _tensors(list(reference()))
+    for a, b in zip(expected, run.outputs, strict=True):
         if a.shape != b.shape:
             return f"an output has shape {tuple(b.shape)} instead of {tuple(a.shape)}"
         scale = a.abs().max().clamp_min(1e-12)
-        error_ = ((a - b).abs().max() / scale).item()
-        if not error_ <= TOLERANCE:
-            return f"outputs differ by {error_:.1e} of their size"
+        error = ((a - b).abs().max() / scale).item()
+        if not error <= TOLERANCE:
+            return f"outputs differ by {error:.1e} of their size"
     return None
 
 

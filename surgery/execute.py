@@ -58,7 +58,7 @@ class Execution:
             inputs: A tensor, tuple of arguments or dict of keyword arguments.
             before: Called before every operator with the values computed so far.
             after: Called after every operator, likewise.
-            zeroed: Names of values that are replaced by zeros.
+            zeroed: Names of values that are replaced by zeros; what only they need does not run.
             until: Stop after the node of this name.
             instead: By node, what computes its value from the operator and its arguments.
         """
@@ -76,6 +76,7 @@ class Execution:
         leaves = iter(self._leaves(inputs))
         values: Values = {}
         batch: int | None = None
+        needed = self._needed(zeroed) if zeroed else None
         with torch.no_grad():
             for node in self.program.nodes.values():
                 if node.kind == "input":
@@ -90,12 +91,15 @@ class Execution:
                     if node.name in self._aliases:
                         values[node.name] = values[self._aliases[node.name]]
                 else:
+                    if node.name in zeroed:
+                        values[node.name] = self._zeros(node, values, batch or 1)
+                        continue
+                    if needed is not None and node.name not in needed:
+                        continue
                     if before is not None:
                         before(node, values)
                     computed = None if instead is None else instead.get(node.name)
                     values[node.name] = self._call(node, values, batch or 1, computed)
-                    if node.name in zeroed:
-                        values[node.name] = torch.zeros_like(values[node.name])
                     if after is not None:
                         after(node, values)
                 if node.name == until:
@@ -110,6 +114,26 @@ class Execution:
         for name in names:
             known[name] = self._call(self.program.nodes[name], known, batch)
         return known
+
+    def _needed(self, zeroed: Collection[str]) -> set[str]:
+        """Returns the values that the outputs depend on when some values are zeros."""
+        needed: set[str] = set()
+        waiting = list(self.program.outputs)
+        while waiting:
+            name = waiting.pop()
+            if name not in needed:
+                needed.add(name)
+                if name not in zeroed:
+                    waiting += self.program.nodes[name].refs()
+        return needed
+
+    def _zeros(self, node: Node, values: Values, batch: int) -> Tensor:
+        shape: Any = node.shape
+        rows = self.program.batch
+        like = next(v for v in values.values() if isinstance(v, Tensor) and v.is_floating_point())
+        if rows != batch:
+            shape = [size // rows * batch if size % rows == 0 else size for size in shape]
+        return like.new_zeros(shape)
 
     def _leaves(self, inputs: Any) -> list[Any]:
         """Returns the inputs one by one, in the order of the program."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.blocks import find_blocks
-from paretoprune.surgery.check import broken, failing_module, telling_copy
+from paretoprune.surgery.check import attempt, broken, telling_copy, whole_plan
 from paretoprune.surgery.cost import Factor, Polynomial, Term
 from paretoprune.surgery.export import export_program
 from paretoprune.surgery.graph import Cut, Extent, Number, PruningGraph
@@ -22,7 +22,7 @@ from paretoprune.surgery.resize import VIEWS
 from paretoprune.surgery.tracer import Tracer
 
 
-def trace(model: nn.Module, example_inputs: Any) -> PruningGraph:
+def trace(model: nn.Module, example_inputs: Any, *, exhaustive: bool = False) -> PruningGraph:
     """Returns the prunable groups, removable blocks and costs of a network.
 
     The network is exported once and walked on channel labels. Then half the units of every group
@@ -32,6 +32,8 @@ def trace(model: nn.Module, example_inputs: Any) -> PruningGraph:
     Args:
         model: A module that `torch.export` accepts; random or trained.
         example_inputs: A tensor, tuple of arguments or dict of keyword arguments; batch first.
+        exhaustive: Whether the self-check, which costs two forward passes, goes on to lose every
+            unit of every group once without the others, and every block alone.
 
     Raises:
         UnsupportedModel: If `torch.export` refuses the model.
@@ -47,11 +49,14 @@ def trace(model: nn.Module, example_inputs: Any) -> PruningGraph:
     recorded: dict[str, Recording] = {}
     while True:
         graph = _build(tracer, classes, groups, unit_of_class, extents, recorded)
-        more = _recordings(telling, graph, example_inputs)
+        first = attempt(telling, graph, whole_plan(graph), example_inputs)
+        more = _recordings(telling, graph, example_inputs, first.module)
         if not more:
             break
         recorded |= more
-    groups_broken, blocks_broken = broken(telling, graph, example_inputs)
+    groups_broken, blocks_broken = broken(
+        telling, graph, example_inputs, first, exhaustive=exhaustive
+    )
     if groups_broken or blocks_broken:
         for name, reason in groups_broken.items():
             groups[name] = dataclasses.replace(groups[name], frozen=reason)
@@ -61,14 +66,19 @@ def trace(model: nn.Module, example_inputs: Any) -> PruningGraph:
 
 
 def _recordings(
-    model: nn.Module, graph: PruningGraph, example_inputs: Any
+    model: nn.Module, graph: PruningGraph, example_inputs: Any, path: str
 ) -> dict[str, Recording]:
     """Returns what must stand for code that cannot follow half of the units going.
 
     That is the code of the innermost module of the user's in which the pruned network raises, and
     of all others of its class.
+
+    Args:
+        model: The dense network.
+        graph: Its graph.
+        example_inputs: Inputs of one run.
+        path: The innermost module that raises; empty if none does.
     """
-    path = failing_module(model, graph, example_inputs)
     while path:
         if path in graph.recorded:  # its sizes follow, so something else is wrong
             break

@@ -32,12 +32,11 @@ def meet(tracer: Tracer, items: Sequence[Ref | Labels], shape: Shape, reason: st
     """
     flowing = [aligned(tracer.read(i), shape) for i in items if not tracer.is_weight(i)]
     channels = {dim for operand in flowing for dim in operand.varying}
-    tables = [aligned(tracer.read(i), shape) for i in items if tracer.is_weight(i)]
-    if flowing:
-        tables = [
-            tracer.narrowed(table, [dim for dim in table.varying if dim not in channels])
-            for table in tables
-        ]
+    tables = [
+        _table(tracer, i, shape, channels if flowing else None)
+        for i in items
+        if tracer.is_weight(i)
+    ]
     operands = flowing + tables
     if not operands:
         return Labels.none(shape)
@@ -53,6 +52,31 @@ def meet(tracer: Tracer, items: Sequence[Ref | Labels], shape: Shape, reason: st
             repeated = [dim for dim in widest.varying if operand.shape[dim] == 1]
             tracer.meets(widest, operand, repeated, reason)
     return Labels(widest.ids, shape)
+
+
+def _table(tracer: Tracer, item: Ref | Labels, shape: Shape, channels: set[int] | None) -> Labels:
+    """Returns the labels of a parameter along the dims in which it meets channels.
+
+    Args:
+        tracer: Where they are recorded.
+        item: The parameter, or what was computed from parameters.
+        shape: Shape of the result.
+        channels: Dims in which the other operands have channels; None if they are parameters too.
+    """
+    name = tracer.parameter(item)
+    if name is None or channels is None:
+        table = aligned(tracer.read(item), shape)
+        dims = [] if channels is None else [dim for dim in table.varying if dim not in channels]
+        return tracer.narrowed(table, dims)
+    sizes = tracer.shape(item)
+    missing = len(shape) - len(sizes)
+    met = [dim for dim in sorted(channels) if dim >= missing and sizes[dim - missing] > 1]
+    if len(met) != 1:
+        table = aligned(tracer.read(item), shape)
+        return tracer.narrowed(table, [dim for dim in table.varying if dim not in channels])
+    made = tracer.unions.fresh(sizes[met[0] - missing])  # one label per channel, not per element
+    tracer.record(name, met[0] - missing, made)
+    return Labels.along(met[0], made, (1,) * missing + sizes)
 
 
 def aligned(labels: Labels, shape: Shape) -> Labels:
