@@ -29,12 +29,18 @@ TOLERANCE = 1e-3
 
 
 def half_plan(graph: PruningGraph, names: Sequence[str]) -> PruningPlan:
-    """Returns a plan that keeps every second unit of the named groups."""
-    kept = {
-        name: tuple(range(0, graph.groups[name].size, 2))
-        for name in names
-        if graph.groups[name].size > 1
-    }
+    """Returns a plan that keeps about half of the units of the named groups.
+
+    Neighbouring groups keep different shares, and none exactly a half, so that code which derives
+    one size from another cannot come out right by luck.
+    """
+    kept = {}
+    for index, name in enumerate(graph.groups):
+        size = graph.groups[name].size
+        if name in names and size > 1:
+            share = (1 / 2, 1 / 3, 2 / 3)[index % 3]
+            count = min(max(round(size * share) - (size > 4), 1), size - 1)
+            kept[name] = tuple(unit * size // count for unit in range(count))
     return PruningPlan(kept)
 
 
