@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -268,10 +269,9 @@ class Tracer:
         """Notes that a node cuts the channels along a dim at some boundaries."""
         line = labels.ids.movedim(dim, 0).reshape(labels.ids.shape[dim], -1)
         self.cuts[node.name] = (dim, line, tuple(stops))
-        for start, stop in zip((0, *stops), (*stops, len(line)), strict=True):
+        for start, stop in pairwise(stops):
             if stop > start:
                 self.numbers.append(Number(node.module, stop - start, line[start:stop]))
-                self.numbers.append(Number(node.module, stop, line[:stop]))
 
     def statistic(self, node: Node, dim: int, line: Tensor) -> None:
         """Notes that a node averages over the channels along a dim."""

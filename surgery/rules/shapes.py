@@ -108,13 +108,21 @@ def slicing(tracer: Tracer, node: Node) -> Result:
     if len(source.varying) > 1 or tracer.is_weight(node.args[0]):
         return Labels(tracer.constant(node.args[0], [dim], _cut(node)).ids, shape)
     size = source.shape[dim]
-    start = int(argument(node, 2, "start") or 0)
-    start = start + size if start < 0 else start
+    written = int(argument(node, 2, "start") or 0)
+    start = written + size if written < 0 else written
     if int(argument(node, 4, "step", 1)) != 1:
         tracer.freeze(source, _cut(node))
         return Labels.none(shape)
     stop = start + shape[dim]
     tracer.cut(node, source, dim, [start, stop])
+    ends = [(written, start)]
+    if node.operator == "slice":
+        ends.append((int(argument(node, 3, "end") or 0), stop))
+    for number, at in ends:  # a negative one counts from the end
+        first, length = (at, size - at) if number < 0 else (0, at)
+        part = source.ids.narrow(dim, first, length)
+        if part.shape[dim] == abs(number):
+            tracer.number(node, abs(number), Labels(part, tuple(part.shape)), dim)
     return Labels(source.ids.narrow(dim, start, stop - start), shape)
 
 
