@@ -21,6 +21,7 @@ SHAPE_ATTRIBUTES: Mapping[type[nn.Module], tuple[str, ...]] = MappingProxyType(
         _NormBase: ("num_features",),
         nn.GroupNorm: ("num_groups", "num_channels"),
         nn.LayerNorm: ("normalized_shape",),
+        nn.RMSNorm: ("normalized_shape",),
         nn.Embedding: ("num_embeddings", "embedding_dim"),
         nn.PReLU: ("num_parameters",),
         _ConstantPadNd: ("padding",),
@@ -74,21 +75,28 @@ def follow_numbers(
     some change (8 heads of 8 channels), the attribute's name decides: heads and groups change.
 
     Args:
-        module: Any module but one of torch's own layers.
+        module: Any module; of torch's own layers, norms without weights alone have no other way.
         numbers: For every size in its code, what it becomes; several if it counts several things.
         sequences: For every list of sizes in its code, what it becomes.
     """
-    if type(module).__module__.startswith("torch."):
+    if type(module).__module__.startswith("torch.") and not _is_plain_norm(module):
         return
     for name, value in size_attributes(module).items():
         if isinstance(value, tuple):
             if value in sequences:
                 set_attribute(module, name, sequences[value])
+            elif len(value) == 1 and len(new_sizes := set(numbers.get(value[0], ()))) == 1:
+                set_attribute(module, name, tuple(new_sizes))
             continue
         changed = {new for new in numbers.get(value, ()) if new != value}
         unchanged = value in numbers.get(value, ())
         if len(changed) == 1 and (not unchanged or re.search(r"head(?!.*dim)|group", name)):
             set_attribute(module, name, changed.pop())
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    norms = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    return isinstance(module, norms) and not any(True for _ in module.state_dict())
 
 
 def follow_weights(module: nn.Module) -> None:
@@ -117,7 +125,7 @@ def follow_weights(module: nn.Module) -> None:
         groups = module.num_groups * len(module.weight) // module.num_channels
         module.num_groups = max(1, groups)  # a single group goes on with fewer channels
         module.num_channels = len(module.weight)
-    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.Embedding):
         _set(

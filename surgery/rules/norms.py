@@ -30,6 +30,7 @@ def batch_norm(tracer: Tracer, node: Node) -> Result:
         parameter = tracer.parameter(ref)
         if parameter is not None:
             tracer.record(parameter, 0, channels)
+    tracer.number(node, source.shape[1], source, 1)
     return source
 
 
@@ -50,6 +51,7 @@ def layer_norm(tracer: Tracer, node: Node) -> Result:
         parameter = tracer.parameter(ref)
         if parameter is not None:
             tracer.record(parameter, dim - first, channels)
+    tracer.number(node, source.shape[dim], source, dim)
     tracer.statistic(node, dim, channels)
     return source
 
@@ -65,9 +67,11 @@ def group_norm(tracer: Tracer, node: Node) -> Result:
         parameter = tracer.parameter(ref)
         if parameter is not None:
             tracer.record(parameter, 0, channels)
+    tracer.number(node, source.shape[1], source, 1)
     if groups == 1:
         tracer.statistic(node, 1, channels)
     else:
         members = channels.reshape(groups, -1)
+        tracer.number(node, groups, Labels.along(0, members[:, 0], (groups,)), 0)
         tracer.unions.unify(members, members[:, :1], "shares a group norm group with fixed ones")
     return Labels(source.ids, source.shape)
