@@ -50,7 +50,14 @@ class Number:
     ids: Tensor
 
 
-_MOVES_AXES = {"t": True, "numpy_T": True, "transpose": True, "permute": True, "movedim": True}
+_MOVES_AXES = {
+    "t": True,
+    "numpy_T": True,
+    "mT": True,
+    "transpose": True,
+    "permute": True,
+    "movedim": True,
+}
 _MOVES_AXES |= dict.fromkeys(("contiguous", "clone", "detach", "alias", "to"), False)
 
 

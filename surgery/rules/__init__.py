@@ -57,7 +57,7 @@ for _names, _rule in (
         "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as",
         shapes.view,
     ),
-    ("permute transpose t numpy_T movedim swapaxes swapdims", shapes.permute),
+    ("permute transpose t numpy_T mT movedim swapaxes swapdims", shapes.permute),
     ("cat concat concatenate", shapes.concatenation),
     ("stack", shapes.stack),
     ("slice narrow", shapes.slicing),

@@ -54,6 +54,8 @@ def permute(tracer: Tracer, node: Node) -> Result:
     elif len(node.args) > 1:
         a, b = (int(dim) for dim in node.args[1:3])
         order[a], order[b] = order[b], order[a]
+    elif node.operator == "mT":
+        order[-2:] = [rank - 1, rank - 2]
     else:
         order.reverse()
     return Labels(source.ids.permute(order), out(node))
