@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from paretoprune.surgery.program import BatchSize, Node, Program, Ref, Shape, re
 from paretoprune.surgery.rules import RULES
 
 Value = Labels | tuple[Labels, ...] | None
+_PARTS = {"chunk", "split", "split_with_sizes"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,25 @@ class Number:
     module: str
     value: int
     ids: Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a parameter that an operand is: one of several along an axis.
+
+    Attributes:
+        node: What cuts the parameter.
+        axis: The parameter's axis that is cut.
+        dim: The dim of the value that is cut.
+        stops: The boundaries.
+        index: Which part it is.
+    """
+
+    node: Node
+    axis: int
+    dim: int
+    stops: tuple[int, ...]
+    index: int
 
 
 _MOVES_AXES = {
@@ -100,12 +120,20 @@ class Tracer:
             refs = list(node.refs())
             if node.kind == "parameter" or (refs and self.weights.issuperset(refs)):
                 self.weights.add(node.name)
-            if node.kind == "call":
+            if node.kind == "call" and not self._is_part_of_weight(node):
                 self._call(node)
-            elif node.kind != "parameter":
+            elif node.kind not in ("call", "parameter"):
                 self.values[node.name] = _unlabelled(node.shape)
         for name in self.program.outputs:
             self._freeze(self.value(Ref(name)), "reaches the model's output")
+
+    def _is_part_of_weight(self, node: Node) -> bool:
+        """Whether a node cuts weights, whose elements may never be asked for."""
+        if node.name not in self.weights:
+            return False
+        return node.operator in _PARTS or (
+            node.target == "getitem" and self.program.nodes[node.args[0].name].operator in _PARTS
+        )
 
     def _call(self, node: Node) -> None:
         packet = node.target.rsplit(".", 1)[0]
@@ -132,6 +160,8 @@ class Tracer:
             return None
         node = self.program.nodes[ref.name]
         if node.kind != "parameter":
+            if ref.name not in self.values:
+                self._call(node)
             return self.values[ref.name]
         if node.target not in self._elements:
             shape: Shape = node.shape  # type: ignore[assignment]
@@ -160,7 +190,15 @@ class Tracer:
         """Returns the innermost module that runs the node."""
         return self._modules[node.module]
 
-    def record(self, parameter: str, axis: int, ids: Tensor, *, makes: bool = False) -> None:
+    def record(
+        self,
+        parameter: str,
+        axis: int,
+        ids: Tensor,
+        *,
+        makes: bool = False,
+        piece: Piece | None = None,
+    ) -> None:
         """Notes that the channels `ids` lie along an axis of a parameter.
 
         Args:
@@ -168,14 +206,31 @@ class Tracer:
             axis: The axis.
             ids: Labels along it.
             makes: Whether the operator makes these channels, rather than reads them.
+            piece: The part of the parameter that the operator reads, if not all of it.
         """
         key = (parameter, axis)
+        if piece is not None and piece.axis == axis:
+            ids = self._whole(key, piece, ids)
         if makes and key not in self.producers:
             self.producers.append(key)
         if key in self.axes:  # the parameter is used twice: both uses lose the same channels
             self.unions.unify(self.axes[key], ids, "is used twice, once with fixed channels")
         else:
             self.axes[key] = ids.clone()
+
+    def _whole(self, key: tuple[str, int], piece: Piece, ids: Tensor) -> Tensor:
+        """Returns the labels along a parameter's axis of which some are known."""
+        stops, size = piece.stops, piece.stops[-1]
+        whole = self.axes[key] if key in self.axes else self.unions.fresh(size)
+        start, stop = stops[piece.index], stops[piece.index + 1]
+        self.unions.unify(whole[start:stop], ids, "is a part of a weight beside fixed channels")
+        if len({b - a for a, b in itertools.pairwise(stops)}) == 1:  # equal parts stay equal
+            parts = whole.reshape(len(stops) - 1, -1)
+            self.unions.unify(parts, parts[:1], "is a part of a weight beside fixed channels")
+        if piece.node.name not in self.cuts:
+            shape = self.shape(piece.node.args[0])
+            self.cut(piece.node, Labels.along(piece.dim, whole, shape), piece.dim, stops)
+        return whole
 
     def read(self, item: Ref | Labels) -> Labels:
         """Returns the labels of an operand that may be given by its labels."""
@@ -185,27 +240,39 @@ class Tracer:
         """Returns whether an operand depends on parameters and buffers alone."""
         return isinstance(item, Ref) and item.name in self.weights
 
-    def weight_axes(self, item: Ref | Labels) -> tuple[str, tuple[int, ...]] | None:
+    def weight_axes(self, item: Ref | Labels) -> tuple[str, tuple[int, ...], Piece | None] | None:
         """Returns the parameter that an operand is, up to the order of its axes.
 
         Returns:
-            Its name, and for every dim of the operand the parameter's axis; None if the operand
-            is anything else.
+            Its name, for every dim of the operand the parameter's axis, and which part of the
+            parameter it is, if not all of it; None if the operand is anything else.
         """
         if not self.is_weight(item):
             return None
         node = self.program.nodes[item.name]  # type: ignore[union-attr]
-        moves: list[Node] = []
-        while node.kind == "call" and node.operator in _MOVES_AXES:
-            moves.append(node)
+        steps: list[Node] = []
+        while node.kind == "call" and (
+            node.operator in _MOVES_AXES or self._is_part_of_weight(node)
+        ):
+            steps.append(node)
             node = self.program.nodes[node.args[0].name]
         if node.kind != "parameter":
             return None
         axes = torch.empty(tuple(range(1, len(self.shape(Ref(node.name))) + 1)), device="meta")
-        for move in reversed(moves):
-            if _MOVES_AXES[move.operator]:
-                axes = resolve_target(move.target)(axes, *move.args[1:], **move.kwargs)
-        return node.target, tuple(size - 1 for size in axes.shape)
+        piece = None
+        order = steps[::-1]
+        for position, step in enumerate(order, 1):
+            if step.operator in _PARTS:
+                if piece is not None or position == len(order):
+                    return None
+                dim = int(step.args[2] if len(step.args) > 2 else 0) % axes.ndim
+                sizes = [shape[dim] for shape in step.shape]  # type: ignore[union-attr, index]
+                stops = tuple(itertools.accumulate(sizes, initial=0))
+                index = int(order[position].args[1])
+                piece = Piece(step, axes.shape[dim] - 1, dim, stops, index)
+            elif _MOVES_AXES.get(step.operator):
+                axes = resolve_target(step.target)(axes, *step.args[1:], **step.kwargs)
+        return node.target, tuple(size - 1 for size in axes.shape), piece
 
     def narrowed(self, labels: Labels, dims: Sequence[int]) -> Labels:
         """Returns the labels made equal along some dims."""
@@ -276,7 +343,7 @@ class Tracer:
         """Notes that a node cuts the channels along a dim at some boundaries."""
         line = labels.ids.movedim(dim, 0).reshape(labels.ids.shape[dim], -1)
         self.cuts[node.name] = (dim, line, tuple(stops))
-        for start, stop in pairwise(stops):
+        for start, stop in itertools.pairwise(stops):
             if stop > start:
                 self.numbers.append(Number(node.module, stop - start, line[start:stop]))
 

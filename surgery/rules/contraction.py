@@ -25,7 +25,7 @@ from paretoprune.surgery.rules.base import Result, argument
 from paretoprune.surgery.rules.pointwise import meet
 
 if TYPE_CHECKING:
-    from paretoprune.surgery.tracer import Tracer
+    from paretoprune.surgery.tracer import Piece, Tracer
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -66,7 +66,7 @@ def contract(
         result: The letters of the result.
     """
     sizes: dict[str, int] = {}
-    weights: list[tuple[_Operand, str, Sequence[int]]] = []
+    weights: list[tuple[_Operand, str, Sequence[int], Piece | None]] = []
     flowing: list[_Operand] = []
     for item, names in zip(items, letters, strict=True):
         axes = tracer.weight_axes(item)
@@ -89,8 +89,8 @@ def contract(
     summed = _summed(tracer, node, flowing, result)
     ids = _shared(tracer, node, flowing, result)
     shared = {letter for operand in flowing for letter in operand.letters}
-    for operand, name, order in weights:
-        ids = _weight(tracer, operand, name, order, summed, ids, shared, result)
+    for operand, name, order, piece in weights:
+        ids = _weight(tracer, operand, name, order, piece, summed, ids, shared, result)
     labels = Labels(ids, tuple(sizes[letter] for letter in result))
     varying = {result[dim] for dim in labels.varying}
     fixed = math.prod(size for x, size in sizes.items() if x not in varying and x not in summed)
@@ -174,6 +174,7 @@ def _weight(
     operand: _Operand,
     parameter: str,
     axes: Sequence[int],
+    piece: Piece | None,
     summed: Mapping[str, Tensor],
     ids: Tensor,
     shared: Collection[str],
@@ -186,6 +187,7 @@ def _weight(
         operand: The weight's letters.
         parameter: Its name.
         axes: For each of its letters, the axis of the parameter.
+        piece: The part of the parameter that it is, if not all of it.
         summed: Labels along summed letters.
         ids: Labels of the other operands over the result's letters.
         shared: Letters of the operands that are no weights.
@@ -199,14 +201,14 @@ def _weight(
         ).ids
     for letter, axis, size in zip(operand.letters, axes, operand.labels.shape, strict=True):
         if letter in summed:
-            tracer.record(parameter, axis, summed[letter])
+            tracer.record(parameter, axis, summed[letter], piece=piece)
         elif size > 1 and letter in result:
             dim = result.index(letter)
             if ids.shape[dim] > 1:
-                tracer.record(parameter, axis, ids.reshape(-1))
+                tracer.record(parameter, axis, ids.reshape(-1), piece=piece)
             elif letter not in shared and ids.numel() == 1:
                 made = tracer.unions.fresh(size)
-                tracer.record(parameter, axis, made, makes=True)
+                tracer.record(parameter, axis, made, makes=True, piece=piece)
                 ids = made.reshape([-1 if d == dim else 1 for d in range(len(result))])
     return ids
 
