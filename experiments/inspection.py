@@ -43,6 +43,7 @@ def inspection(graph: PruningGraph) -> dict[str, Any]:
             }
             for block in graph.blocks.values()
         ],
+        "recorded": list(graph.recorded),
     }
 
 
@@ -55,6 +56,7 @@ def _group(graph: PruningGraph, group: PrunableGroup) -> dict[str, Any]:
         "half_frees": _freed(graph, PruningPlan({group.name: half})) if open_ else 0.0,
         "parameters": list(dict.fromkeys(one.parameter for one in group.slices)),
         "frozen": group.frozen,
+        "statistics": list(group.statistics),
     }
 
 
@@ -78,16 +80,21 @@ def _parts(name: str, facts: dict[str, Any]) -> Iterator[Table | str]:
         f"to {format_percent(share)} of the MACs"
     )
     table = _table("prunable group", ("units", "half frees"), "coupled layers")
-    room = 68 - max((len(group["name"]) for group in opened), default=0)
+    room = 70 - max((len(group["name"]) for group in opened), default=0)
     for group in opened:
         layers = dict.fromkeys(one.rpartition(".")[0] or one for one in group["parameters"])
         table.add_row(
-            group["name"],
+            group["name"] + ("*" if group["statistics"] else ""),
             str(group["units"]),
             format_percent(group["half_frees"]),
             _names(list(layers), room),
         )
     yield table
+    if any(group["statistics"] for group in opened):
+        yield (
+            "* averaged over by layer norms or the like, whose statistics change: a pruned "
+            "network equals the masked one with averages over the units that stay.\n"
+        )
     if facts["blocks"]:
         blocks = _table("removable block", ("frees",), "groups that go with it")
         for block in facts["blocks"]:
@@ -101,6 +108,12 @@ def _parts(name: str, facts: dict[str, Any]) -> Iterator[Table | str]:
         for group in frozen:
             reasons.add_row(group["name"], str(group["units"]), group["frozen"])
         yield reasons
+    if facts["recorded"]:
+        yield (
+            f"{_count(len(facts['recorded']), 'module')} whose code cannot follow: once they lose "
+            f"units they run their recorded operations, at the traced input size and any batch "
+            f"size: {_names(facts['recorded'], 300)}.\n"
+        )
     units = sum(group["units"] for group in opened)
     yield (
         f"In all: {_count(len(opened), 'prunable group')} with {_count(units, 'unit')}, "
@@ -122,7 +135,7 @@ def _names(names: Sequence[str], room: int) -> str:
     """Returns as many names as fit into `room` characters, and how many more there are."""
     shown: list[str] = []
     for name in names:
-        if shown and len(", ".join([*shown, name])) > room:
+        if shown and len(", ".join([*shown, name])) > room - len(" and 99 more"):
             return f"{', '.join(shown)} and {len(names) - len(shown)} more"
         shown.append(name)
     return ", ".join(shown)
@@ -152,7 +165,10 @@ def _network(
     library, _, _ = model.partition(":")
     if library in LIBRARIES and data is None:
         network = library_network(model, classes=None, weights=weights).model
-        progress("without --data, its inputs are taken to be 3x224x224 images")
-        return network, torch.zeros(2, 3, 224, 224)
+        size = tuple(getattr(network, "default_cfg", {}).get("input_size", (3, 224, 224)))
+        shape = "x".join(map(str, size))
+        progress(f"without --data, its inputs are taken to be {shape} images")
+        generator = torch.Generator().manual_seed(seed)
+        return network, torch.randn(2, *size, generator=generator)
     problem = build_problem(model, data=data, weights=weights, seed=seed, progress=progress)
     return problem.model, problem.example_inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.attributes import follow_numbers, follow_weights
+from paretoprune.surgery.copying import copied
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.record import Recorded
@@ -44,14 +45,17 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
         if not _inside(name, plan.removed) or id(tensor) in tensors:
             aliases.setdefault(id(tensor), []).append(name)
             tensors[id(tensor)] = tensor
+    touched: list[str] = []
     for key, tensor in tensors.items():
-        memo[key] = _sliced(tensor, [keep[name] for name in aliases[key] if name in keep])
-    small = copy.deepcopy(model, memo)
-    _follow(small, graph, mask, plan)
+        cuts = [keep[name] for name in aliases[key] if name in keep]
+        memo[key] = _sliced(tensor, cuts)
+        touched += aliases[key] if cuts else []
+    small = copied(model, memo)
+    _follow(small, graph, mask, plan, touched)
     for name, recording in graph.recorded.items():
         if name in plan.removed or _inside(name, plan.removed):
             continue
-        if any(parameter.startswith(f"{name}.") for parameter in keep):
+        if any(parameter.startswith(f"{name}.") for parameter in touched):
             module = small.get_submodule(name)
             _replace(small, name, Recorded(module, recording.resized(graph, mask)))
     return small
@@ -69,10 +73,14 @@ def _inside(name: str, blocks: tuple[str, ...]) -> bool:
 def _kept_positions(graph: PruningGraph, mask: Tensor) -> dict[str, dict[int, Tensor]]:
     """Returns, by parameter and axis, the positions that stay, where any goes."""
     keep: dict[str, dict[int, Tensor]] = {}
+    lines: dict[int, Tensor | None] = {}  # many axes share one line of units
     for (name, axis), units in graph.units.items():
-        kept = mask[units]
-        if not bool(kept.all()):
-            keep.setdefault(name, {})[axis] = kept.nonzero().squeeze(1)
+        if id(units) not in lines:
+            kept = mask[units]
+            lines[id(units)] = None if bool(kept.all()) else kept.nonzero().squeeze(1)
+        positions = lines[id(units)]
+        if positions is not None:
+            keep.setdefault(name, {})[axis] = positions
     return keep
 
 
@@ -88,9 +96,17 @@ def _sliced(tensor: Tensor, cuts: list[dict[int, Tensor]]) -> Tensor:
     return data
 
 
-def _follow(small: nn.Module, graph: PruningGraph, mask: Tensor, plan: PruningPlan) -> None:
-    for module in small.modules():
-        follow_weights(module)
+def _follow(
+    small: nn.Module,
+    graph: PruningGraph,
+    mask: Tensor,
+    plan: PruningPlan,
+    touched: Sequence[str],
+) -> None:
+    modules = dict(small.named_modules(remove_duplicate=False))
+    for name in dict.fromkeys(parameter.rpartition(".")[0] for parameter in touched):
+        if name in modules:
+            follow_weights(modules[name])
     for name, numbers in graph.numbers.items():
         if _inside(f"{name}.", plan.removed):
             continue

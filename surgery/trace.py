@@ -222,7 +222,11 @@ def _build(
         _params_term(name, shape, tracer, factor, names)  # type: ignore[arg-type]
         for name, shape in shapes.items()
     ]
-    units = {key: unit[classes[ids]] for key, ids in tracer.axes.items()}
+    lines: dict[tuple[int, ...], Tensor] = {}  # equal lines are one tensor: found once per plan
+    units = {}
+    for key, ids in tracer.axes.items():
+        line = unit[classes[ids]]
+        units[key] = lines.setdefault(tuple(line.tolist()), line)
     pads = {}
     for module, (dim, labels) in tracer.pads.items():
         from_last = len(labels.shape) - 1 - dim
