@@ -6,12 +6,20 @@ A new criterion is one file, and one line in `CRITERIA`.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from paretoprune.criteria.base import Calibration, Criterion
+from paretoprune.criteria.base import Calibration, CostClass, Criterion
+from paretoprune.criteria.blocks import block_saliency
 from paretoprune.criteria.bn_scale import BnScale
+from paretoprune.criteria.fisher import Fisher
+from paretoprune.criteria.geometric_median import GeometricMedian
+from paretoprune.criteria.lamp import Lamp
 from paretoprune.criteria.magnitude import L1, L2
+from paretoprune.criteria.mean_activation import MeanActivation
 from paretoprune.criteria.obs import Obs, ObsPerMac
+from paretoprune.criteria.proscore import Proscore
 from paretoprune.criteria.random import Random
 from paretoprune.criteria.select import select, smallest_macs, target_macs
+from paretoprune.criteria.shared import SharedCalibration
+from paretoprune.criteria.sosp import SospH, SospI
 from paretoprune.criteria.taylor import Taylor
 
 CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType(
@@ -19,7 +27,14 @@ CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType(
         "l1": L1,
         "l2": L2,
         "bn_scale": BnScale,
+        "lamp": Lamp,
+        "geometric_median": GeometricMedian,
+        "mean_activation": MeanActivation,
         "taylor": Taylor,
+        "fisher": Fisher,
+        "proscore": Proscore,
+        "sosp_h": SospH,
+        "sosp_i": SospI,
         "obs": Obs,
         "obs_per_mac": ObsPerMac,
         "random": Random,
@@ -27,4 +42,14 @@ CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType(
 )
 """Criteria by name; call the class without arguments for the defaults."""
 
-__all__ = ["CRITERIA", "Calibration", "Criterion", "select", "smallest_macs", "target_macs"]
+__all__ = [
+    "CRITERIA",
+    "Calibration",
+    "CostClass",
+    "Criterion",
+    "SharedCalibration",
+    "block_saliency",
+    "select",
+    "smallest_macs",
+    "target_macs",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from enum import IntEnum
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,44 @@ Calibration = Iterable[tuple[Any, Tensor]]
 """A re-iterable of (inputs, targets) batches of training data."""
 
 
+class CostClass(IntEnum):
+    """What a criterion needs, from cheap to dear."""
+
+    WEIGHTS = 0
+    ACTIVATIONS = 1
+    GRADIENTS = 2
+    HESSIAN = 3
+    JACOBIAN = 4
+    ABLATION = 5
+    TRAINING = 6
+
+    def __str__(self) -> str:
+        return _COSTS[self]
+
+
+_COSTS = (
+    "weights alone",
+    "one forward pass over the data",
+    "one gradient pass over the data",
+    "one gradient and Hessian pass over the data",
+    "a backward pass per output over the data",
+    "a forward pass per unit over few images",
+    "a short training",
+)
+
+
 class Criterion(Protocol):
     """Scores all groups of a network in one call; implementations are frozen dataclasses.
 
     Attributes:
         summary: One line for people.
         paper: Where the method comes from.
+        cost: What it needs.
     """
 
     summary: ClassVar[str]
     paper: ClassVar[str]
+    cost: ClassVar[CostClass]
 
     def __call__(
         self, model: nn.Module, graph: PruningGraph, calibration: Calibration
@@ -33,11 +62,34 @@ class Criterion(Protocol):
         Args:
             model: The dense network; left untouched.
             graph: Its graph.
-            calibration: Training batches; criteria that look at weights alone ignore it.
+            calibration: Training batches; criteria that look at weights alone ignore it. A
+                `SharedCalibration` brings its loss, and shares its passes among criteria.
 
         Returns:
             By group name a float tensor of shape (group.size,); higher = keep. Saliencies of
             different groups can be ranked together.
+        """
+        ...
+
+
+@runtime_checkable
+class ScoresBlocks(Protocol):
+    """A criterion that scores blocks by itself; see `block_saliency` for all others."""
+
+    def blocks(
+        self,
+        model: nn.Module,
+        graph: PruningGraph,
+        calibration: Calibration,
+        saliency: Mapping[str, Tensor],
+    ) -> Mapping[str, float]:
+        """Returns the saliency of every removable block, comparable with that of its units.
+
+        Args:
+            model: The dense network; left untouched.
+            graph: Its graph.
+            calibration: As for the units.
+            saliency: Of the units.
         """
         ...
 

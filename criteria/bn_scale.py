@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from paretoprune.criteria.base import Calibration, sum_over_group
+from paretoprune.criteria.base import Calibration, CostClass, sum_over_group
 from paretoprune.surgery import PrunableGroup, PruningGraph
 
 
@@ -25,6 +25,7 @@ class BnScale:
 
     summary: ClassVar[str] = "absolute BatchNorm scale (network slimming)"
     paper: ClassVar[str] = "Liu et al., ICCV 2017, arXiv:1708.06519"
+    cost: ClassVar[CostClass] = CostClass.WEIGHTS
 
     def __call__(
         self, model: nn.Module, graph: PruningGraph, calibration: Calibration

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from paretoprune.criteria.base import Calibration, relative_to_mean, sum_over_group
+from paretoprune.criteria.base import Calibration, CostClass, relative_to_mean, sum_over_group
 from paretoprune.surgery import PruningGraph
 
 
@@ -22,6 +22,7 @@ class L1:
 
     summary: ClassVar[str] = "sum of absolute weights, relative to the group's mean"
     paper: ClassVar[str] = "Li et al., ICLR 2017, arXiv:1608.08710"
+    cost: ClassVar[CostClass] = CostClass.WEIGHTS
 
     def __call__(
         self, model: nn.Module, graph: PruningGraph, calibration: Calibration
@@ -38,6 +39,7 @@ class L2:
 
     summary: ClassVar[str] = "Euclidean norm of the weights, relative to the group's mean"
     paper: ClassVar[str] = "Li et al., ICLR 2017, arXiv:1608.08710"
+    cost: ClassVar[CostClass] = CostClass.WEIGHTS
 
     def __call__(
         self, model: nn.Module, graph: PruningGraph, calibration: Calibration

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from paretoprune.criteria.base import Calibration
+from paretoprune.criteria.base import Calibration, CostClass
+from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.surgery import ChannelSlice, PruningGraph, PruningPlan
 from paretoprune.surgery.consumers import Consumer, find_consumers
 from paretoprune.surgery.execute import Execution, Values
@@ -50,6 +52,7 @@ class Obs:
         "reconstruction error, greedily with refitting (Optimal Brain Surgeon)"
     )
     paper: ClassVar[str] = "Hassibi & Stork 1993; Kurtic et al., NeurIPS 2023, arXiv:2302.04089"
+    cost: ClassVar[CostClass] = CostClass.ACTIVATIONS
 
     def __call__(
         self, model: nn.Module, graph: PruningGraph, calibration: Calibration
@@ -63,6 +66,19 @@ class Obs:
         return _by_unit(
             graph, {name: (o, errors.cumsum(0)) for name, (o, errors) in steps.items()}
         )
+
+    def blocks(
+        self,
+        model: nn.Module,
+        graph: PruningGraph,
+        calibration: Calibration,
+        saliency: Mapping[str, Tensor],
+    ) -> Mapping[str, float]:
+        """Returns the error that is left once all units of a block are gone: its last unit's."""
+        return {
+            block.name: max((float(saliency[name].max()) for name in block.groups), default=inf)
+            for block in graph.blocks.values()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +99,7 @@ class ObsPerMac:
     samples: int = 8192
     summary: ClassVar[str] = "reconstruction error added per MAC saved, in the order of obs"
     paper: ClassVar[str] = "Hassibi & Stork 1993; Kurtic et al., NeurIPS 2023, arXiv:2302.04089"
+    cost: ClassVar[CostClass] = CostClass.ACTIVATIONS
 
     def __call__(
         self, model: nn.Module, graph: PruningGraph, calibration: Calibration
@@ -100,6 +117,23 @@ class ObsPerMac:
             saved = max(1, dense - graph.cost(less).macs)
             ladders[name] = (order, errors.cummax(0).values / saved)
         return _by_unit(graph, ladders)
+
+    def blocks(
+        self,
+        model: nn.Module,
+        graph: PruningGraph,
+        calibration: Calibration,
+        saliency: Mapping[str, Tensor],
+    ) -> Mapping[str, float]:
+        """Returns the error left once all units of a block are gone, per MAC that it saves."""
+        dense = graph.cost().macs
+        steps = _elimination(model, graph, calibration, self.images, self.samples)
+        scores = {}
+        for block in graph.blocks.values():
+            errors = [float(steps[name][1].sum()) for name in block.groups if name in steps]
+            saved = max(1, dense - graph.cost(PruningPlan(removed=(block.name,))).macs)
+            scores[block.name] = max(errors, default=inf) / saved
+        return scores
 
 
 def _by_unit(
@@ -120,19 +154,27 @@ def _by_unit(
 def _elimination(
     model: nn.Module, graph: PruningGraph, calibration: Calibration, images: int, samples: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns, by group, the units in the order they leave and the error each adds."""
-    moments = _observe(model, graph, calibration, images, samples)
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    steps = {}
-    for group in graph.open_groups:
-        readers = [
-            _Reader(item, moments[item.parameter], tensors)
-            for item in group.slices
-            if item.axis == 1 and item.parameter in moments
-        ]
-        if readers:
-            steps[group.name] = _eliminate(group.size, readers)
-    return steps
+    """Returns, by group, the units in the order they leave and the error each adds.
+
+    The criteria of this file share it, where the calibration data is shared.
+    """
+
+    def measure() -> dict[str, tuple[Tensor, Tensor]]:
+        moments = _observe(model, graph, calibration, images, samples)
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        steps = {}
+        for group in graph.open_groups:
+            readers = [
+                _Reader(item, moments[item.parameter], tensors)
+                for item in group.slices
+                if item.axis == 1 and item.parameter in moments
+            ]
+            if readers:
+                steps[group.name] = _eliminate(group.size, readers)
+        return steps
+
+    shared = SharedCalibration.of(calibration)
+    return shared.once(f"elimination {images} {samples}", model, graph, measure)
 
 
 class _Moments:

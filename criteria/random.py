@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from paretoprune.criteria.base import Calibration
+from paretoprune.criteria.base import Calibration, CostClass
 from paretoprune.surgery import PruningGraph
 
 
@@ -24,6 +24,7 @@ class Random:
     seed: int = 0
     summary: ClassVar[str] = "uniform random saliencies"
     paper: ClassVar[str] = "baseline"
+    cost: ClassVar[CostClass] = CostClass.WEIGHTS
 
     def __call__(
         self, model: nn.Module, graph: PruningGraph, calibration: Calibration
