@@ -9,8 +9,11 @@ from types import MappingProxyType
 from paretoprune.criteria.base import Calibration, CostClass, Criterion
 from paretoprune.criteria.blocks import block_saliency
 from paretoprune.criteria.bn_scale import BnScale
+from paretoprune.criteria.cka import Cka
+from paretoprune.criteria.consensus import Consensus
 from paretoprune.criteria.fisher import Fisher
 from paretoprune.criteria.geometric_median import GeometricMedian
+from paretoprune.criteria.kl import Kl
 from paretoprune.criteria.lamp import Lamp
 from paretoprune.criteria.magnitude import L1, L2
 from paretoprune.criteria.mean_activation import MeanActivation
@@ -35,6 +38,9 @@ CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType(
         "proscore": Proscore,
         "sosp_h": SospH,
         "sosp_i": SospI,
+        "kl": Kl,
+        "cka": Cka,
+        "consensus": Consensus,
         "obs": Obs,
         "obs_per_mac": ObsPerMac,
         "random": Random,

@@ -79,6 +79,29 @@ def fit(
     return kept
 
 
+def threshold(allowance: Allowance, priorities: Sequence[Tensor], target: int) -> float:
+    """Returns the highest priority among the units that leave for a target; -inf if none does.
+
+    Args:
+        allowance: Prices counts.
+        priorities: Per group, shape (group.size,); the lowest leaves first.
+        target: Budget in MACs.
+    """
+    if not allowance.groups:
+        return -torch.inf
+    ladders = [values.sort().values for values in priorities]
+    counts = _prefix(allowance, ladders, target)
+    gone = [int(len(ladder) - count) for ladder, count in zip(ladders, counts, strict=True)]
+    return max(
+        (
+            float(ladder[number - 1])
+            for ladder, number in zip(ladders, gone, strict=True)
+            if number
+        ),
+        default=-torch.inf,
+    )
+
+
 def _prefix(allowance: Allowance, ladders: Sequence[Tensor], target: int) -> Tensor:
     """Returns the counts after the shortest prefix of leaving units that meets the target."""
     leaving = torch.cat([ladder[:-1] for ladder in ladders])  # the last unit of a group stays

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from paretoprune.criteria.budget import Allowance, fit
+from paretoprune.criteria.budget import Allowance, fit, threshold
 from paretoprune.surgery import InfeasibleBudget, PrunableGroup, PruningGraph, PruningPlan
 
 Allocation = Literal["global", "uniform"]
@@ -24,6 +24,7 @@ def select(
     removed: tuple[str, ...] = (),
     allocation: Allocation = "global",
     offsets: Mapping[str, float] | None = None,
+    blocks: Mapping[str, float] | None = None,
 ) -> PruningPlan:
     """Returns the plan that keeps the units of highest saliency.
 
@@ -32,6 +33,10 @@ def select(
     saliency among all units (`global`) or within its group (`uniform`), plus its group's offset.
     With `ratios`, each group loses its own share. Equal saliencies leave in unit order, and counts
     are exact. Every group keeps at least one unit.
+
+    With `blocks`, neurons and layers are chosen together: the priority of a block is the quantile
+    that its saliency has among those of all units, and it leaves whole once units of higher
+    priority would have to leave instead.
 
     Args:
         graph: From `surgery.trace`.
@@ -42,21 +47,34 @@ def select(
         removed: Blocks that are removed whole; their inner groups are not ranked.
         allocation: `global` or `uniform`.
         offsets: By group name, added to the priorities of its units; positive keeps more.
+        blocks: Saliencies of removable blocks that may leave too, from `block_saliency`.
 
     Returns:
         A plan with `0.99 * target < macs <= target`, or with the given ratios.
 
     Raises:
         InfeasibleBudget: If no such plan exists; names the reachable limit.
-        ValueError: If not exactly one of `budget` and `ratios` is given, or one is out of range.
+        ValueError: If not exactly one of `budget` and `ratios` is given, one is out of range, or
+            `blocks` come without a budget.
     """
     if (budget is None) == (ratios is None):
         raise ValueError("give either `budget` or `ratios`, and not both.")
     groups = rankable(graph, removed)
+    if blocks and budget is None:
+        raise ValueError("`blocks` are chosen for a `budget`, but got `ratios`.")
     if ratios is not None:
         return PruningPlan(_by_ratio(graph, groups, saliency, ratios), removed)
     assert budget is not None
     target = target_macs(graph, budget)
+    for block in _leaving_first(graph, saliency, blocks or {}, removed):
+        more = (*removed, block)
+        if graph.cost(PruningPlan(removed=more)).macs <= 0.99 * target:
+            break
+        priority = _block_priority(groups, saliency, (blocks or {})[block])
+        units = _priorities(groups, saliency, allocation, offsets or {})
+        if threshold(Allowance(graph, groups, removed), units, target) <= priority:
+            break
+        removed, groups = more, rankable(graph, more)
     priorities = _priorities(groups, saliency, allocation, offsets or {})
     allowance = Allowance(graph, groups, removed)
     _check_reachable(allowance, target)
@@ -102,6 +120,26 @@ def target_macs(graph: PruningGraph, budget: float | int) -> int:
 def smallest_macs(graph: PruningGraph, removed: tuple[str, ...] = ()) -> int:
     """Returns the MACs with one unit left in every group and the given blocks removed."""
     return Allowance(graph, rankable(graph, removed), removed).smallest
+
+
+def _leaving_first(
+    graph: PruningGraph,
+    saliency: Mapping[str, Tensor],
+    blocks: Mapping[str, float],
+    removed: tuple[str, ...],
+) -> list[str]:
+    """Returns the blocks that may leave, that of the lowest saliency first."""
+    graph.removed_vector(tuple(blocks))  # raises for a name that is no removable block
+    others = [block for block in graph.blocks if block in blocks and block not in removed]
+    return sorted(others, key=lambda block: blocks[block])
+
+
+def _block_priority(
+    groups: tuple[PrunableGroup, ...], saliency: Mapping[str, Tensor], score: float
+) -> float:
+    """Returns the quantile of a block's saliency among the units that could leave instead."""
+    units = torch.cat([_scores(saliency, group) for group in groups] or [torch.zeros(0)])
+    return float((units < score).double().mean()) if len(units) else 0.0
 
 
 def _check_reachable(allowance: Allowance, target: int) -> None:

@@ -307,3 +307,58 @@ def test_groups_inside_removed_blocks_need_no_saliency() -> None:
     for name in block.groups:
         del saliency[name]
     assert select(graph, saliency, budget=0.5, removed=("layer1.1",)).removed == ("layer1.1",)
+
+
+def whole(graph: PruningGraph, score: float) -> dict[str, float]:
+    return dict.fromkeys(graph.blocks, score)
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_blocks_that_matter_less_than_all_units_leave_first(allocation: Any) -> None:
+    graph = digits()
+    saliency = random_saliency(graph, 0)
+    plan = select(graph, saliency, budget=0.5, allocation=allocation, blocks=whole(graph, -1.0))
+    assert plan.removed
+    assert 0.495 * graph.cost().macs < graph.cost(plan).macs <= 0.5 * graph.cost().macs
+
+
+def test_blocks_that_matter_more_than_all_units_stay() -> None:
+    graph = digits()
+    saliency = random_saliency(graph, 0)
+    plan = select(graph, saliency, budget=0.5, blocks=whole(graph, 2.0))
+    assert plan == select(graph, saliency, budget=0.5)
+
+
+def test_a_block_leaves_where_the_same_ranking_would_take_units_above_it() -> None:
+    graph = digits()
+    saliency = random_saliency(graph, 0)
+    name = next(iter(graph.blocks))
+    low, high = 0.0, 1.0  # the saliency at which the block begins to stay
+    for _ in range(20):
+        middle = (low + high) / 2
+        plan = select(graph, saliency, budget=0.5, blocks={name: middle})
+        low, high = (middle, high) if plan.removed else (low, middle)
+    assert 0 < low < 1
+    without = select(graph, saliency, budget=0.5)
+    gone = [
+        float(saliency[group.name][unit])
+        for group in graph.open_groups
+        for unit in range(group.size)
+        if unit not in without.kept.get(group.name, range(group.size))
+    ]
+    assert low == pytest.approx(max(gone), abs=0.02)
+
+
+def test_blocks_that_would_undercut_the_budget_stay() -> None:
+    graph = digits()
+    plan = select(graph, random_saliency(graph, 0), budget=0.98, blocks=whole(graph, -1.0))
+    assert 0.97 * graph.cost().macs < graph.cost(plan).macs <= 0.98 * graph.cost().macs
+
+
+def test_unknown_blocks_and_ratios_with_blocks_are_refused() -> None:
+    graph = digits()
+    saliency = random_saliency(graph, 0)
+    with pytest.raises(ValueError, match="'x' is no removable block"):
+        select(graph, saliency, budget=0.5, blocks={"x": 0.0})
+    with pytest.raises(ValueError, match="`blocks` are chosen for a `budget`, but got `ratios`"):
+        select(graph, saliency, ratios={}, blocks=whole(graph, 0.0))

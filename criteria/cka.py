@@ -1,0 +1,60 @@
+"""CKA: how far the features before the last layer move when a unit or a block is removed.
+
+Pons et al., ICPR 2024, arXiv:2405.17081, for layers: the saliency is 1 - CKA(features, features
+without it), linear and biased. Units are scored alike, which the paper leaves to other criteria;
+a block's saliency is its own 1 - CKA per inner unit, so that both can be ranked together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from paretoprune.criteria.ablation import changes
+from paretoprune.criteria.base import Calibration, CostClass
+from paretoprune.criteria.blocks import inner_units
+from paretoprune.criteria.shared import SharedCalibration
+from paretoprune.surgery import PruningGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Cka:
+    """1 - CKA of the penultimate features with those without the unit.
+
+    Attributes:
+        images: Calibration examples used at most; many more than features make CKA unbiased.
+    """
+
+    images: int = 256
+    summary: ClassVar[str] = "1 - CKA of the penultimate features without the unit or block"
+    paper: ClassVar[str] = "Pons et al., ICPR 2024, arXiv:2405.17081"
+    cost: ClassVar[CostClass] = CostClass.ABLATION
+
+    def __call__(
+        self, model: nn.Module, graph: PruningGraph, calibration: Calibration
+    ) -> Mapping[str, Tensor]:
+        """See `Criterion`.
+
+        Raises:
+            ValueError: If `calibration` has no batch, or the network returns several values.
+        """
+        shared = SharedCalibration.of(calibration)
+        found = changes(model, graph, shared, self.images).units["cka"]
+        return {name: values.clamp_min(0).float() for name, values in found.items()}
+
+    def blocks(
+        self,
+        model: nn.Module,
+        graph: PruningGraph,
+        calibration: Calibration,
+        saliency: Mapping[str, Tensor],
+    ) -> Mapping[str, float]:
+        """Returns 1 - CKA without each block, per inner unit."""
+        found = changes(model, graph, SharedCalibration.of(calibration), self.images)
+        return {
+            name: max(0.0, value) / inner_units(graph, name)
+            for name, value in found.blocks["cka"].items()
+        }

@@ -1,0 +1,253 @@
+"""CKA and its neighbours against their definitions, and blocks against physical removal."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paretoprune.criteria import CRITERIA, SharedCalibration, block_saliency
+from paretoprune.criteria.ablation import changes, penultimate
+from paretoprune.criteria.similarity import (
+    CHANGES,
+    SIMILARITIES,
+    Response,
+    cka,
+    kl_divergence,
+    shape_angle,
+)
+from paretoprune.surgery import PruningPlan, prune
+from tests.unit.surgery.specimens import ZOO, draw, traced
+
+
+def features(m: int = 40, p: int = 6, q: int = 5) -> tuple[Tensor, Tensor]:
+    x = torch.randn(m, p).double()
+    return x, torch.tanh(x @ torch.randn(p, q).double()) + 0.5 * torch.randn(m, q).double()
+
+
+def rotation(size: int) -> Tensor:
+    turned: Tensor = torch.linalg.qr(torch.randn(size, size).double()).Q
+    return turned
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_cka_of_equal_features_is_one_and_it_is_symmetric(debiased: bool) -> None:
+    x, y = features()
+    assert cka(x, x, debiased=debiased).item() == pytest.approx(1)
+    assert cka(x, y, debiased=debiased).item() == pytest.approx(cka(y, x, debiased=debiased))
+    assert 0 < cka(x, y, debiased=debiased) < 1
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_cka_ignores_rotations_scales_and_shifts_but_not_other_maps(debiased: bool) -> None:
+    x, y = features()
+    same = cka(x, y, debiased=debiased).item()
+    for other in (y @ rotation(5), 3 * y, -0.2 * y, y + torch.randn(5).double()):
+        assert cka(x, other, debiased=debiased).item() == pytest.approx(same, abs=1e-10)
+    stretched = y @ torch.diag(torch.tensor([10.0, 1, 1, 1, 0.1]).double())
+    assert abs(cka(x, stretched, debiased=debiased).item() - same) > 1e-3
+
+
+def test_cka_equals_its_form_with_gram_matrices() -> None:
+    x, y = features()
+    m = len(x)
+    centring = torch.eye(m).double() - 1 / m
+
+    def hsic(k: Tensor, other: Tensor) -> Tensor:
+        return torch.trace(k @ centring @ other @ centring) / (m - 1) ** 2
+
+    k, other = x @ x.T, y @ y.T
+    expected = hsic(k, other) / (hsic(k, k) * hsic(other, other)).sqrt()
+    torch.testing.assert_close(cka(x, y), expected, rtol=1e-12, atol=0)
+
+
+def unbiased(k: Tensor, other: Tensor) -> float:
+    """Returns the unbiased HSIC as the mean over all quadruples of different examples."""
+    m = len(k)
+    pairs = [(i, j) for i in range(m) for j in range(m) if i != j]
+    triples = [(i, j, r) for i, j in pairs for r in range(m) if r not in (i, j)]
+    first = sum(k[i, j] * other[i, j] for i, j in pairs) / len(pairs)
+    second = sum(k[i, j] * other[i, r] for i, j, r in triples) / len(triples)
+    third = [k[i, j] * other[r, s] for i, j, r in triples for s in range(m) if s not in (i, j, r)]
+    return float(first + sum(third) / len(third) - 2 * second)
+
+
+def test_debiased_cka_is_the_ratio_of_unbiased_estimates() -> None:
+    x, y = features(7)
+    k, other = x @ x.T, y @ y.T
+    expected = unbiased(k, other) / math.sqrt(unbiased(k, k) * unbiased(other, other))
+    assert cka(x, y, debiased=True).item() == pytest.approx(expected)
+
+
+def test_biased_cka_of_few_independent_features_is_high_and_debiased_is_not() -> None:
+    x, y = torch.randn(2, 20, 500).double()
+    assert cka(x, y) > 0.9
+    assert abs(cka(x, y, debiased=True)) < 0.2
+    with pytest.raises(ValueError, match="at least 4 examples, but got 3"):
+        cka(x[:3], y[:3], debiased=True)
+
+
+def test_cka_of_constant_features_is_zero() -> None:
+    x, _ = features()
+    assert cka(x, torch.ones(40, 3)) == 0
+
+
+def test_shape_angles_are_zero_for_what_they_ignore() -> None:
+    x, _ = features()
+    mixed = x @ torch.randn(6, 6).double()
+    assert shape_angle(x, 2 * x @ rotation(6), whitened=False) < 1e-6
+    assert shape_angle(x, mixed, whitened=False) > 0.1
+    assert shape_angle(x, mixed, whitened=True) < 1e-6
+    assert shape_angle(x, torch.randn(40, 6).double(), whitened=True) > 0.5
+
+
+def test_procrustes_angle_is_the_least_over_rotations() -> None:
+    x, y = (each - each.mean(0) for each in (features()[0], features()[0]))
+    best = shape_angle(x, y, whitened=False).item()
+    for _ in range(50):
+        turned = y @ rotation(6)
+        cosine = (x * turned).sum() / (x.norm() * turned.norm())
+        assert best <= cosine.arccos().item() + 1e-9
+
+
+def test_kl_is_of_the_changed_predictions_from_the_dense_ones() -> None:
+    dense, changed = torch.randn(2, 9, 4).double()
+    p, q = F.softmax(dense, 1), F.softmax(changed, 1)
+    expected = (q * (q.log() - p.log())).sum(1).mean()
+    torch.testing.assert_close(kl_divergence(dense, changed), expected)
+    assert kl_divergence(dense, dense + 3) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("measure", CHANGES)
+def test_no_change_is_zero_and_a_change_is_more(measure: str) -> None:
+    targets = torch.arange(20) % 4
+    dense = Response(torch.randn(20, 5).double(), torch.randn(20, 4).double())
+    other = Response(dense.features**3, dense.outputs**3)
+    assert CHANGES[measure](dense, dense, targets).item() == pytest.approx(0, abs=1e-7)
+    assert CHANGES[measure](dense, other, targets) > 1e-3
+
+
+NETWORKS = ("residual", "dense", "depthwise", "excitation", "called_twice", "torch_attention")
+
+
+def batch(name: str) -> tuple[Any, Tensor]:
+    torch.manual_seed(5)
+    return draw(ZOO[name].shape, 12), torch.arange(12) % 4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_unit_is_scored_by_the_network_without_it(name: str) -> None:
+    model, graph = traced(name)
+    inputs, targets = batch(name)
+    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100).units["kl"]
+    before = model(inputs)
+    for group in graph.open_groups:
+        for unit in {0, group.size - 1}:
+            kept = tuple(u for u in range(group.size) if u != unit)
+            after = prune(model, graph, PruningPlan({group.name: kept}))(inputs)
+            expected = kl_divergence(before.double(), after.double())
+            torch.testing.assert_close(
+                found[group.name][unit], expected.detach(), rtol=1e-3, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("name", ["residual", "pre_activation"])
+def test_a_block_is_scored_by_the_network_without_it(name: str) -> None:
+    model, graph = traced(name)
+    inputs, targets = batch(name)
+    data = SharedCalibration([(inputs, targets)])
+    for criterion in ("kl", "cka"):
+        kind = CRITERIA[criterion]()
+        scores = block_saliency(kind, kind(model, graph, data), model, graph, data)
+        for block in graph.blocks.values():
+            small = prune(model, graph, PruningPlan(removed=(block.name,)))
+            x, y = (captured(each, inputs) for each in (model, small))
+            change = 1 - cka(x[0], y[0]) if criterion == "cka" else kl_divergence(x[1], y[1])
+            units = sum(graph.groups[group].size for group in block.groups)
+            assert scores[block.name] == pytest.approx(float(change) / units, rel=1e-3)
+
+
+def captured(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
+    """Returns what the last linear layer reads and returns, by a hook."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    seen: list[Tensor] = []
+    hook = layers[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        outputs = model(inputs)
+    hook.remove()
+    return seen[0].double(), outputs.double()
+
+
+def test_a_removed_block_equals_one_whose_last_norm_is_zero() -> None:
+    model, graph = traced("residual")
+    inputs, targets = batch("residual")
+    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100).blocks
+    masked = copy.deepcopy(model)
+    norm = masked.get_submodule("2.conv2.1")
+    for tensor in (*norm.parameters(), norm.get_buffer("running_mean")):
+        tensor.detach().zero_()
+    expected = 1 - cka(captured(model, inputs)[0], captured(masked, inputs)[0])
+    assert found["cka"]["2"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_dead_unit_changes_nothing() -> None:
+    model = copy.deepcopy(traced("residual")[0])
+    graph = traced("residual")[1]
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for item in graph.groups["2.conv1.0"].slices:
+        index = torch.tensor(item.indices[3])
+        tensors[item.parameter].detach().index_fill_(item.axis, index, 0)
+    data = SharedCalibration([batch("residual")])
+    for criterion in ("kl", "cka"):
+        saliency = CRITERIA[criterion]()(model, graph, data)["2.conv1.0"]
+        assert saliency[3] == pytest.approx(0, abs=1e-8)
+        assert saliency.max() > 100 * saliency[3]
+
+
+def test_one_pass_serves_all_measures_and_images_bound_it() -> None:
+    model, graph = traced("residual")
+    shared = SharedCalibration([batch("residual")])
+    assert changes(model, graph, shared, 12) is changes(model, graph, shared, 12)
+    inputs, targets = batch("residual")
+    few = changes(model, graph, SharedCalibration([(inputs[:8], targets[:8])]), 100)
+    same = changes(model, graph, shared, 8)
+    for group in few.units["kl"]:
+        torch.testing.assert_close(few.units["kl"][group], same.units["kl"][group])
+
+
+def test_consensus_is_the_rank_sum() -> None:
+    model, graph = traced("residual")
+    shared = SharedCalibration([batch("residual")])
+    saliency = CRITERIA["consensus"]()(model, graph, shared)
+    found = changes(model, graph, shared, 256).units
+    whole = torch.cat(list(saliency.values()))
+    ranks = torch.zeros(len(whole))
+    for measure in SIMILARITIES:
+        values = torch.cat(list(found[measure].values()))
+        ranks += values.argsort().argsort()
+    correlation = torch.corrcoef(torch.stack([ranks, whole]))[0, 1]
+    assert correlation > 0.99
+    assert (whole >= 0).all()
+    assert (whole <= 1).all()
+
+
+def test_the_penultimate_value_is_what_the_last_layer_reads() -> None:
+    model, graph = traced("residual")
+    name = penultimate(graph)
+    shape = graph.program.nodes[name].shape
+    inputs, _ = batch("residual")
+    assert shape is not None
+    assert shape[1] == captured(model, inputs)[0].shape[1]
+
+
+def test_several_outputs_are_refused_in_one_sentence() -> None:
+    model, graph = traced("residual")
+    inputs, _ = batch("residual")
+    data = [(inputs, torch.zeros(5))]
+    with pytest.raises(ValueError, match="returns one tensor with a row per example, but it"):
+        CRITERIA["kl"]()(model, graph, data)
