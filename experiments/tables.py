@@ -28,7 +28,7 @@ class Row:
         loss: Mean loss on the search split; None where it was not measured.
         accuracy: Share of the search split that is classified rightly; None likewise.
         criterion: Name of the criterion that ranked units.
-        allocation: `global` or `uniform`.
+        allocation: `global`, `joint` or `uniform`.
         removed: Names of the blocks removed whole.
         origin: `seed` for a one-shot baseline, else `sampler`.
         seconds: Wall time of the evaluation.

@@ -42,6 +42,7 @@ def search(
     address: str | None = None,
     run_dir: Path | None = None,
     storage: str | None = None,
+    saliency_dir: Path | None = None,
     listeners: Sequence[Listener] = (),
 ) -> ParetoFront:
     """Returns the Pareto front of pruned networks within a FLOPs target.
@@ -67,6 +68,8 @@ def search(
         run_dir: Folder of the run; None takes a temporary one that is deleted.
         storage: Database URL of the study, as Optuna takes it; None takes a journal in
             `run_dir`.
+        saliency_dir: Folder of saliencies that several searches share; None keeps them in
+            `run_dir`.
         listeners: Told what happens.
 
     Raises:
@@ -83,7 +86,8 @@ def search(
     checks.check_count("workers", 0 if workers is None else workers, 0)
     checks.check_objectives(objectives)
     checks.check_sampler(sampler)
-    request = Request(flops, trials, checks.criteria_by_name(criteria), tuple(objectives))
+    named = checks.criteria_by_name(criteria)
+    request = Request(flops, trials, named, tuple(objectives), saliency_dir)
     checks.check_address(address, workers)
     checks.check_problem(problem)
     with ExitStack() as stack:

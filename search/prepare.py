@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from paretoprune.criteria import Criterion
+from paretoprune.criteria import Criterion, SharedCalibration
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import check_reachable
 from paretoprune.search.evaluation import Moved, on_device
@@ -24,8 +24,8 @@ from paretoprune.surgery import Cost, PruningGraph, PruningPlan, trace
 if TYPE_CHECKING:  # the study imports optuna, which `import paretoprune.search` must not
     from paretoprune.search.study import Study
 
-SALIENCIES = "saliency.safetensors"
-"""File of the saliencies in a run's folder."""
+SALIENCIES = "saliency"
+"""Folder of the saliencies in a run's folder, where the search is given no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,14 @@ class Request:
         trials: How many trials are to be finished.
         criteria: By name.
         objectives: Names of the metrics to optimise.
+        saliencies: Folder of saliencies that searches share; None takes one in the run's folder.
     """
 
     flops: float | int
     trials: int
     criteria: Mapping[str, Criterion]
     objectives: tuple[str, ...]
+    saliencies: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> P
     Args:
         problem: The dense network and its data.
         request: What the search is asked for.
-        folder: Of the run; saliencies are kept there.
+        folder: Of the run.
         study: Notes what must stay the same over all drivers of the run.
 
     Raises:
@@ -86,14 +88,15 @@ def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> P
         ValueError: If the study belongs to another search.
     """
     model = on_device(problem.model)
-    calibration = Moved(problem.calibration, device_of(model))
+    calibration = SharedCalibration(Moved(problem.calibration, device_of(model)), problem.loss)
     graph = trace(problem.model, problem.example_inputs)
     target = check_reachable(graph, request.flops)
-    scores = saliencies(request.criteria, model, graph, calibration, folder / SALIENCIES)
+    kept = request.saliencies or folder / SALIENCIES
+    scores = saliencies(request.criteria, model, graph, calibration, kept)
     blocks = study.notes.get("blocks")
     if blocks is None:
         blocks = blocks_by_damage(model, graph, calibration, problem.loss)
-    space = SearchSpace.of(graph, scores, target, blocks)
+    space = SearchSpace.of(graph, scores.units, target, blocks, scores.blocks)
     noted = study.notes.get("search")
     if noted is None:
         info = _measure(problem, model, graph, space, request)
@@ -104,7 +107,7 @@ def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> P
     study.note("blocks", list(blocks))
     study.note("space", space.to_json())
     study.note("search", info.to_json())
-    return Prepared(graph, scores, space, info)
+    return Prepared(graph, scores.units, space, info)
 
 
 def _measure(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paretoprune.criteria import Criterion
+from paretoprune.criteria import CostClass, Criterion, SharedCalibration, block_saliency
+from paretoprune.criteria import fingerprint as fingerprints
 from paretoprune.search.metrics import evaluate
 from paretoprune.search.problem import Batch
 from paretoprune.surgery import PruningGraph, PruningPlan, prune
@@ -19,51 +24,125 @@ BLOCK_IMAGES = 256
 """Examples on which the damage of losing a block is measured."""
 Saliencies = Mapping[str, Mapping[str, Tensor]]
 """By criterion, by group: shape (group.size,)."""
+BlockSaliencies = Mapping[str, Mapping[str, float]]
+"""By criterion, by removable block, on the scale of the units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Saliencies of several criteria.
+
+    Attributes:
+        units: By criterion, by group.
+        blocks: By criterion, by block.
+    """
+
+    units: Saliencies
+    blocks: BlockSaliencies
 
 
 def saliencies(
     criteria: Mapping[str, Criterion],
     model: nn.Module,
     graph: PruningGraph,
-    calibration: Iterable[Batch],
-    file: Path,
-) -> dict[str, dict[str, Tensor]]:
-    """Returns every criterion's saliencies, from `file` where they are there.
+    calibration: SharedCalibration,
+    folder: Path,
+) -> Scores:
+    """Returns every criterion's saliencies, from `folder` where they are there.
+
+    A file there belongs to the weights and units of one network, to the content of the calibration
+    data, the loss, and the criterion with its settings and code, so that any search may share it.
 
     Args:
         criteria: By name.
         model: The dense network.
         graph: Its graph.
-        calibration: Training batches.
-        file: Safetensors file with tensors named `criterion/group`; read, and written again
-            when something was missing.
+        calibration: Training batches with the problem's loss.
+        folder: Holds a file per criterion; made if it is not there.
     """
-    stored = _load(file)
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, criterion in criteria.items():
-        known = {g.name: stored.get(f"{name}/{g.name}") for g in graph.open_groups}
-        whole = {
-            group: values
-            for group, values in known.items()
-            if values is not None and tuple(values.shape) == (graph.groups[group].size,)
-        }
-        if len(whole) < len(known):
-            scores = criterion(model, graph, calibration)
-            whole = {group: scores[group].detach().cpu().contiguous() for group in known}
-        found[name] = whole
-    tensors = {f"{name}/{group}": t for name, by in found.items() for group, t in by.items()}
-    if tensors.keys() - stored.keys():
-        draft = file.with_suffix(".draft")
-        save_file({**stored, **tensors}, draft)
-        draft.replace(file)
-    return found
+    shared = _shared_part(model, graph, calibration)
+    files = {
+        name: folder / f"{name}-{_key(criterion, shared)}.safetensors"
+        for name, criterion in criteria.items()
+    }
+    found = {name: _load(file, graph) for name, file in files.items()}
+
+    def dearest_first(name: str) -> int:  # what it measures serves cheaper ones, too
+        return -int(getattr(criteria[name], "cost", CostClass.GRADIENTS))
+
+    for name in sorted(criteria, key=dearest_first):
+        if found[name] is None:
+            found[name] = _measure(criteria[name], model, graph, calibration)
+            _save(files[name], found[name] or ({}, {}))
+    whole = {name: known for name in criteria if (known := found[name]) is not None}
+    return Scores(
+        {name: units for name, (units, _) in whole.items()},
+        {name: blocks for name, (_, blocks) in whole.items()},
+    )
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+Found = tuple[dict[str, Tensor], dict[str, float]]
+
+
+def _measure(
+    criterion: Criterion, model: nn.Module, graph: PruningGraph, calibration: SharedCalibration
+) -> Found:
+    scores = criterion(model, graph, calibration)
+    units = {g.name: scores[g.name].detach().cpu().contiguous() for g in graph.open_groups}
+    return units, block_saliency(criterion, units, model, graph, calibration)
+
+
+def _shared_part(model: nn.Module, graph: PruningGraph, calibration: SharedCalibration) -> str:
+    """Returns the part of the key that all criteria have in common."""
+    sizes = [(group.name, group.size, group.frozen is None) for group in graph.groups.values()]
+    loss: Any = calibration.loss
+    code = getattr(loss, "__code__", None)
+    return repr(
+        (
+            fingerprints.of_model(model),
+            fingerprints.of_batches(calibration),
+            sizes,
+            list(graph.blocks),
+            getattr(loss, "__qualname__", repr(loss)),
+            code and (code.co_code, code.co_consts),
+        )
+    )
+
+
+def _key(criterion: Criterion, shared: str) -> str:
+    digest = hashlib.blake2b(f"{shared} {criterion!r}".encode(), digest_size=12)
+    own = Path(inspect.getfile(type(criterion)))
+    ours = Path(inspect.getfile(SharedCalibration)).parent
+    for file in sorted({own, *ours.glob("*.py")}):
+        digest.update(file.read_bytes() if file.exists() else file.name.encode())
+    return digest.hexdigest()
+
+
+def _load(file: Path, graph: PruningGraph) -> Found | None:
     try:
-        return dict(load_file(file)) if file.exists() else {}
+        stored = load_file(file) if file.exists() else {}
     except SafetensorError:  # half written when power was lost: measured again
-        return {}
+        return None
+    units = {g.name: stored.get(f"unit/{g.name}") for g in graph.open_groups}
+    blocks = {name: stored.get(f"block/{name}") for name in graph.blocks}
+    if not stored or None in units.values() or None in blocks.values():
+        return None
+    return (
+        {name: values for name, values in units.items() if values is not None},
+        {name: float(value) for name, value in blocks.items() if value is not None},
+    )
+
+
+def _save(file: Path, found: Found) -> None:
+    units, blocks = found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    save_file(
+        {f"unit/{name}": values for name, values in units.items()}
+        | {f"block/{name}": torch.tensor(value).double() for name, value in blocks.items()},
+        draft,
+    )
+    draft.replace(file)
 
 
 def _first(batches: Iterable[Batch], examples: int) -> list[Batch]:

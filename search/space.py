@@ -4,6 +4,9 @@ A sampler decides a shape, never a size: the criterion, one of a few budgets, a 
 how far each group departs from it, and how many blocks go. The budget solver turns the shape into
 a plan on budget.
 
+A base allocation is `global` or `uniform`, or, where there are blocks, `joint`: one ranking of all
+units and blocks by the criterion chooses neurons and layers together.
+
 Two choices keep the space small enough for a hundred trials. Groups beyond `MOST_OFFSETS` share
 the offset of the module they lie in. And blocks are not one boolean each, of which a sampler that
 knows nothing would set half: blocks are ranked once by the measured damage of removing each alone,
@@ -13,7 +16,7 @@ and a sampler decides how many of that ranking go and by how much single blocks 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -22,6 +25,7 @@ from paretoprune.criteria import select, smallest_macs
 from paretoprune.search.candidate import Candidate
 from paretoprune.surgery import PruningGraph, PruningPlan
 
+Allocation = Literal["global", "joint", "uniform"]
 LEVELS = (1.0, 0.85, 0.7, 0.55)
 """Budgets of the search as shares of its target; below the target so that a front appears."""
 MOST_OFFSETS = 40
@@ -63,6 +67,8 @@ class SearchSpace:
         ties: The offset that each group takes, by group name; several groups may share one.
         blocks: Removable blocks, the one whose removal does least damage per MAC first.
         most_removed: Most blocks that a sampler removes.
+        block_saliencies: By criterion, the saliency of each block on the scale of its units; a
+            measurement like the units' saliencies, and no part of what tells spaces apart.
     """
 
     criteria: tuple[str, ...]
@@ -72,6 +78,7 @@ class SearchSpace:
     ties: Mapping[str, str]
     blocks: tuple[str, ...]
     most_removed: int
+    block_saliencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -79,6 +86,7 @@ class SearchSpace:
         saliencies: Mapping[str, Mapping[str, Tensor]],
         target: int,
         blocks: Sequence[str],
+        block_saliencies: Mapping[str, Mapping[str, float]] | None = None,
     ) -> SearchSpace:
         """Returns the space for a network.
 
@@ -87,6 +95,7 @@ class SearchSpace:
             saliencies: By criterion, by group; shape (group.size,).
             target: Most MACs that a plan may have.
             blocks: All removable blocks, least damage first.
+            block_saliencies: By criterion, by block; None leaves `joint` allocations out.
 
         Raises:
             InfeasibleBudget: If no plan meets the target; names the smallest reachable MACs.
@@ -102,21 +111,28 @@ class SearchSpace:
             ties=_ties(_groups_that_matter(graph)),
             blocks=tuple(blocks),
             most_removed=_most_removed(graph, blocks, target),
+            block_saliencies=(block_saliencies or {}) if blocks else {},
         )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the space as plain values: two searches with equal ones can share a study."""
-        return {**vars(self), "ties": dict(self.ties)} | {
-            name: list(getattr(self, name)) for name in ("criteria", "levels", "blocks")
+        values = {**vars(self), "ties": dict(self.ties)} | {
+            name: list(getattr(self, name))
+            for name in ("criteria", "levels", "blocks", "allocations")
         }
+        del values["block_saliencies"]
+        return values
+
+    @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        """The base allocations that a sampler may take."""
+        return ("global", "joint", "uniform") if self.block_saliencies else ("global", "uniform")
 
     def suggest(self, trial: Suggester) -> Candidate:
         """Returns the candidate that `trial` decides."""
         criterion = trial.suggest_categorical("criterion", self.criteria)
         level = trial.suggest_categorical("budget", self.levels)
-        allocation: Literal["global", "uniform"] = trial.suggest_categorical(
-            "allocation", ("global", "uniform")
-        )
+        allocation = trial.suggest_categorical("allocation", self.allocations)
         tied = {
             tie: trial.suggest_float(f"offset/{tie}", -OFFSET, OFFSET)
             for tie in dict.fromkeys(self.ties.values())
@@ -147,7 +163,7 @@ class SearchSpace:
     def seeds(self, trials: int) -> list[dict[str, Any]]:
         """Returns the parameters of the trials that a search begins with.
 
-        What the field knows: every criterion's one-shot global allocation and the uniform one at
+        What the field knows: every criterion's one-shot global, joint and uniform allocation at
         the target, then at lower budgets, then the first blocks of the ranking removed. About a
         third of the trials, but every criterion's global allocation at the target is there when
         there are trials enough.
@@ -158,7 +174,7 @@ class SearchSpace:
         shots = [
             self._parameters(criterion, level, allocation)
             for level in self.levels
-            for allocation in ("global", "uniform")
+            for allocation in self.allocations
             for criterion in self.criteria
         ]
         shots.extend(
@@ -206,6 +222,11 @@ class SearchSpace:
             removed=removed,
             allocation="uniform" if candidate.allocation == "uniform" else "global",
             offsets=candidate.offsets,
+            blocks=(
+                self.block_saliencies[candidate.criterion]
+                if candidate.allocation == "joint"
+                else None
+            ),
         )
 
     def _repaired(

@@ -151,7 +151,8 @@ def test_saliencies_are_computed_once_per_run(problem: Problem, tmp_path: Path) 
     for trials in (2, 3):
         run(problem, tmp_path, Notes(), trials, criteria={"mine": counting})
     assert counting.calls == 1
-    (tmp_path / "saliency.safetensors").write_bytes(b"half a file")
+    (file,) = (tmp_path / "saliency").glob("mine-*.safetensors")
+    file.write_bytes(b"half a file")
     run(problem, tmp_path, Notes(), 4, criteria={"mine": counting})
     assert counting.calls == 2
     assert {r.candidate.criterion for r in read_run(tmp_path).records} == {"mine"}

@@ -1,0 +1,171 @@
+"""Saliencies are measured once for the same weights, data, loss and settings, and never else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paretoprune.criteria import CRITERIA, CostClass, SharedCalibration, select
+from paretoprune.criteria.taylor import Taylor
+from paretoprune.search import Problem, SearchSpace
+from paretoprune.search.saliency import Scores, saliencies
+from paretoprune.surgery import PruningGraph, trace
+
+calls: list[str] = []
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Random saliencies that count their measurements."""
+
+    seed: int = 0
+    summary: ClassVar[str] = "counts"
+    paper: ClassVar[str] = "none"
+    cost: ClassVar[CostClass] = CostClass.WEIGHTS
+
+    def __call__(
+        self, model: nn.Module, graph: PruningGraph, calibration: Any
+    ) -> Mapping[str, Tensor]:
+        calls.append(f"random {self.seed}")
+        return CRITERIA["random"]()(model, graph, calibration)
+
+
+@pytest.fixture(autouse=True)
+def _no_calls() -> None:
+    calls.clear()
+
+
+class Setting:
+    """A problem whose parts can be changed one at a time."""
+
+    def __init__(self, problem: Problem, folder: Path) -> None:
+        self.model = problem.model
+        self.graph = trace(problem.model, problem.example_inputs)
+        self.batches = list(problem.calibration)
+        self.loss: Any = F.cross_entropy
+        self.criteria: dict[str, Any] = {"mine": Counting()}
+        self.folder = folder
+
+    def scores(self) -> Scores:
+        data = SharedCalibration(self.batches, self.loss)
+        return saliencies(self.criteria, self.model, self.graph, data, self.folder)
+
+
+@pytest.fixture
+def setting(problem: Problem, tmp_path: Path) -> Setting:
+    return Setting(problem, tmp_path)
+
+
+def test_another_search_finds_them_with_blocks(setting: Setting) -> None:
+    first = setting.scores()
+    setting.model = copy.deepcopy(setting.model)
+    setting.batches = [(inputs.clone(), targets) for inputs, targets in setting.batches]
+    second = setting.scores()
+    assert len(calls) == 1
+    for group in setting.graph.open_groups:
+        assert torch.equal(first.units["mine"][group.name], second.units["mine"][group.name])
+    assert first.blocks == second.blocks
+    assert set(first.blocks["mine"]) == set(setting.graph.blocks)
+
+
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs, F.one_hot(targets, 4).float())
+
+
+def weights(setting: Setting) -> None:
+    setting.model = copy.deepcopy(setting.model)
+    next(setting.model.parameters()).detach().view(-1)[0] += 1e-6
+
+
+def statistics(setting: Setting) -> None:
+    setting.model = copy.deepcopy(setting.model)
+    next(setting.model.buffers()).view(-1)[0] += 1e-6
+
+
+def data(setting: Setting) -> None:
+    setting.batches = [(inputs * 1.001, targets) for inputs, targets in setting.batches]
+
+
+def targets(setting: Setting) -> None:
+    setting.batches = [(inputs, targets.flip(0)) for inputs, targets in setting.batches]
+
+
+def loss(setting: Setting) -> None:
+    setting.loss = mse
+
+
+def settings(setting: Setting) -> None:
+    setting.criteria = {"mine": Counting(seed=1)}
+
+
+@pytest.mark.parametrize("change", [weights, statistics, data, targets, loss, settings])
+def test_anything_else_is_measured_anew(setting: Setting, change: Any) -> None:
+    setting.scores()
+    change(setting)
+    setting.scores()
+    assert len(calls) == 2
+
+
+def test_a_broken_file_is_measured_anew(setting: Setting) -> None:
+    setting.scores()
+    (file,) = setting.folder.glob("mine-*.safetensors")
+    file.write_bytes(b"half a file")
+    setting.scores()
+    assert len(calls) == 2
+
+
+def test_only_what_is_missing_is_measured_and_the_dearest_first(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting.scores()
+    setting.criteria |= {"taylor": Taylor(), "sosp_h": CRITERIA["sosp_h"]()}
+    passes: list[bool] = []
+    measure = SharedCalibration.statistics
+
+    def counted(self: SharedCalibration, *args: Any, **kwargs: Any) -> Any:
+        passes.append("curvature" in self._known)
+        return measure(self, *args, **kwargs)
+
+    monkeypatch.setattr(SharedCalibration, "statistics", counted)
+    scores = setting.scores()
+    assert len(calls) == 1
+    assert passes == [False, True]  # taylor finds what sosp_h measured
+    assert list(scores.units) == ["mine", "taylor", "sosp_h"]
+
+
+def test_a_joint_allocation_is_the_criterions_ranking_of_units_and_blocks(
+    setting: Setting,
+) -> None:
+    setting.criteria = {"taylor": Taylor()}
+    scores = setting.scores()
+    blocks = {"taylor": dict.fromkeys(setting.graph.blocks, -1.0)}
+    target = setting.graph.cost().macs // 2
+    names = list(setting.graph.blocks)
+    space = SearchSpace.of(setting.graph, scores.units, target, names, blocks)
+    (joint,) = [s for s in space.seeds(300) if s["allocation"] == "joint" and s["budget"] == 1.0]
+
+    class Fixed:
+        def suggest_float(self, name: str, low: float, high: float) -> float:
+            return float(joint[name])
+
+        def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+            return int(joint[name])
+
+        def suggest_categorical(self, name: str, choices: Any) -> Any:
+            assert joint[name] in choices
+            return joint[name]
+
+    plan = space.decode(space.suggest(Fixed()), setting.graph, scores.units)
+    assert plan.removed
+    assert plan == select(
+        setting.graph, scores.units["taylor"], budget=target, blocks=blocks["taylor"]
+    )
+    assert "joint" not in SearchSpace.of(setting.graph, scores.units, target, names).allocations
