@@ -198,10 +198,62 @@ def export(
 
 @app.command(epilog="Example: [bold]paretoprune criteria[/bold]")
 def criteria() -> None:
-    """List the criteria that can rank units, with the paper of each."""
+    """List the criteria that can rank units, with what each needs and its paper."""
     from paretoprune.experiments import commands
 
     commands.criteria()
+
+
+@app.command(
+    epilog="Example: [bold]paretoprune compare resnet56-cifar10 --data cifar10:DIR "
+    "--weights FILE --flops 70%,50%,30%,15%[/bold]"
+)
+def compare(
+    model: Model,
+    flops: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGETS", help="FLOPs targets, such as 70%,50%,30%.", show_default=False
+        ),
+    ],
+    data: Data = None,
+    weights: Weights = None,
+    criteria: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Criteria to compare.",
+            show_default="all that need no pass per unit",
+        ),
+    ] = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Rank units and blocks together, too.")
+    ] = False,
+    seed: Seed = 0,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder for CSV and plot.", show_default="in the runs folder"
+        ),
+    ] = None,
+    runs_dir: RunsDir = RUNS,
+    quiet: Quiet = False,
+) -> None:
+    """Compare criteria one-shot at equal FLOPs: table, CSV, plot and a run in MLflow."""
+    from paretoprune.experiments import compare_command
+
+    compare_command.compare(
+        model,
+        flops,
+        data=data,
+        weights=weights,
+        criteria=criteria,
+        blocks=blocks,
+        seed=seed,
+        to=to,
+        runs_dir=runs_dir,
+        quiet=quiet,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

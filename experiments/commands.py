@@ -171,6 +171,7 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool) -> None:
                 workers=spec.workers,
                 address=spec.address,
                 run_dir=folder,
+                saliency_dir=folder.parent / runs.SALIENCY_DIR,
                 listeners=(shown, tracked),
             )
     except SearchInterrupted:
@@ -228,8 +229,8 @@ def front(name: str, form: str, *, runs_dir: Path) -> None:
 def criteria() -> None:
     """Prints the table of criteria."""
     table = Table(box=None, pad_edge=False)
-    for head in ("criterion", "what it measures", "paper"):
+    for head in ("criterion", "what it measures", "what it needs", "paper"):
         table.add_column(head)
     for name, kind in CRITERIA.items():
-        table.add_row(name, kind.summary, kind.paper)
+        table.add_row(name, kind.summary, str(kind.cost), kind.paper)
     results_console().print(table)

@@ -16,6 +16,8 @@ from paretoprune.experiments.units import format_target
 
 SCHEMA = 1
 """Version of run.json; a newer one is refused rather than misread."""
+SALIENCY_DIR = ".saliency"
+"""In the folder of runs: saliencies that all of them share."""
 RUN_FILE = "run.json"
 TRACKING_FILE = "mlflow.json"
 """In the run folder: where the search lies in MLflow, for links."""

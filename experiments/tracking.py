@@ -10,13 +10,14 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretoprune.experiments import page, plots
+from paretoprune.experiments.comparison import Shot
 from paretoprune.experiments.runs import TRACKING_FILE, RunSpec, write_json
 from paretoprune.experiments.saved_view import view_tag
 from paretoprune.experiments.store import ExportPlace, Store
@@ -227,6 +228,42 @@ class SearchRuns:
     def close(self, interrupted: bool) -> None:
         """Ends the parent run."""
         self._client.set_terminated(self._parent, "KILLED" if interrupted else "FINISHED")
+
+
+def log_comparison(
+    store: Store, problem: str, flops: str, shots: Sequence[Shot], folder: Path
+) -> None:
+    """Writes a comparison of criteria: a run with a metric per criterion, its CSV and plot.
+
+    Args:
+        store: Where MLflow keeps runs.
+        problem: Name of the experiment.
+        flops: The targets as they were given.
+        shots: What was measured.
+        folder: Holds the files.
+    """
+    from mlflow.entities import Metric, Param
+
+    client = connect(store)
+    found = client.get_experiment_by_name(problem)
+    artifacts = store.artifacts and f"{store.artifacts}/{problem}"
+    experiment = found.experiment_id if found else client.create_experiment(problem, artifacts)
+    tags = {"kind": "comparison", "mlflow.source.name": "paretoprune"}
+    run = client.create_run(experiment, tags=tags, run_name=f"criteria at {flops}").info.run_id
+    metrics = [
+        Metric(
+            f"{shot.recovery}/{shot.criterion}{'' if shot.ranking == 'units' else ' with blocks'}",
+            shot.loss if shot.accuracy is None else shot.accuracy,
+            _now(),
+            round(100 * shot.macs_ratio),  # the step: percent of the MACs that are left
+        )
+        for shot in shots
+    ]
+    for start in range(0, len(metrics), 1000):  # MLflow's limit per call
+        client.log_batch(run, metrics=metrics[start : start + 1000])
+    client.log_batch(run, params=[Param("flops", flops)])
+    client.log_artifacts(run, str(folder))
+    client.set_terminated(run)
 
 
 def _now() -> int:
