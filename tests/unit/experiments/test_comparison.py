@@ -1,0 +1,121 @@
+"""compare and bottlenecks, on the digits, as a person runs them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from paretoprune.criteria import CRITERIA
+from paretoprune.experiments.__main__ import main
+from paretoprune.experiments.comparison import Comparison
+from paretoprune.experiments.models import digits_resnet
+from paretoprune.experiments.recipes import build_problem
+from paretoprune.experiments.store import store_of
+from paretoprune.experiments.tracking import connect
+from paretoprune.search import evaluate
+from paretoprune.surgery import load, trace
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a digits network, so that the recipe does not train."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(digits_resnet().state_dict(), file)
+    return str(file)
+
+
+def run(command: str, weights: str, folder: Path, *options: str) -> int:
+    return main(
+        [command, "digits", "--weights", weights, "--runs-dir", str(folder), "--quiet", *options]
+    )
+
+
+def test_compare_writes_a_row_per_shot_a_plot_and_an_mlflow_run(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--flops", "50%,30%", "--criteria", "l2,taylor", "--blocks")
+    assert run("compare", untrained, tmp_path, *options) == 0
+    shown = capsys.readouterr()
+    assert "taylor, with blocks" in shown.out
+    assert "MLflow was not written" not in shown.err
+    folder = tmp_path / "comparisons" / "digits"
+    rows = list(csv.DictReader((folder / "criteria.csv").read_text().splitlines()))
+    assert len(rows) == 2 * 2 * 2 * 3  # criteria, targets, rankings, recoveries
+    for row in rows:
+        assert 0.99 * float(row["target"]) < float(row["macs_ratio"]) <= float(row["target"])
+    assert (folder / "criteria.png").stat().st_size > 10_000
+    client = connect(store_of(tmp_path))
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.info.status == "FINISHED"
+    history = client.get_metric_history(logged.info.run_id, "reconstructed/taylor")
+    assert {point.step for point in history} == {50, 30}
+    assert {item.path for item in client.list_artifacts(logged.info.run_id)} == {
+        "criteria.csv",
+        "criteria.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--flops", "50"), "a FLOPs target without suffix counts MACs"),
+        (("--flops", "0.1%"), "cannot be reached"),
+        (("--flops", "50%", "--criteria", "tailor"), "unknown criterion 'tailor'"),
+    ],
+)
+def test_misuse_of_compare_is_said_in_a_sentence(
+    untrained: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    sentence: str,
+) -> None:
+    assert run("compare", untrained, tmp_path, *options) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_shots_measure_the_network_of_their_plan(untrained: str, tmp_path: Path) -> None:
+    problem = build_problem("digits", weights=untrained)
+    comparison = Comparison(problem, {"l2": CRITERIA["l2"]()}, tmp_path)
+    for shot in comparison.shots([0.5]):
+        plan = comparison.plan("l2", 0.5, "units")
+        network = comparison.network(plan, shot.recovery)
+        assert trace(network, problem.example_inputs).cost() == comparison.graph.cost(plan)
+        expected = evaluate(network, problem.validation, problem.loss)["loss"]
+        assert shot.loss == pytest.approx(expected, rel=1e-4)
+        assert shot.macs_ratio == comparison.graph.cost(plan).macs / comparison.graph.cost().macs
+
+
+def test_bottlenecks_writes_a_network_that_loads(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "wide"
+    options = ("--flops", "30%", "--criterion", "taylor", "--factor", "1.5", "--to", str(to))
+    assert run("bottlenecks", untrained, tmp_path, *options) == 0
+    assert "pruning ratio" in capsys.readouterr().out
+    wide, dense = load(to), digits_resnet()
+    assert wide(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+    sizes = [sum(p.numel() for p in each.parameters()) for each in (wide, dense)]
+    assert sizes[0] > sizes[1]
+
+
+def test_a_factor_that_does_not_widen_is_refused(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--flops", "30%", "--factor", "1")
+    assert run("bottlenecks", untrained, tmp_path, *options) == 2
+    assert "a widening factor lies above 1, but got 1.0" in capsys.readouterr().err
+
+
+def test_criteria_lists_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["criteria"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in CRITERIA)
+    assert "Hessian" in shown
