@@ -20,6 +20,7 @@ from paretoprune.criteria.mean_activation import MeanActivation
 from paretoprune.criteria.obs import Obs, ObsPerMac
 from paretoprune.criteria.proscore import Proscore
 from paretoprune.criteria.random import Random
+from paretoprune.criteria.receding import Receding
 from paretoprune.criteria.select import select, smallest_macs, target_macs
 from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.sosp import SospH, SospI
@@ -43,6 +44,7 @@ CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType(
         "consensus": Consensus,
         "obs": Obs,
         "obs_per_mac": ObsPerMac,
+        "receding": Receding,
         "random": Random,
     }
 )

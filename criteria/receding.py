@@ -1,0 +1,296 @@
+"""Receding Neuron Importances: sparsity training of bounded BatchNorm scales.
+
+Adamczewski & Park et al., arXiv:2204.06404; equations and hyper-parameters as in the authors' code
+(xapharius/receding-neuron-importances). SigBN is BatchNorm with the scale sigmoid(gamma) and no
+shift; sigmoid(gamma) is the importance of a channel. Training adds lambda R to the loss,
+
+    R = sum over all channels of  s (1 - ln s),   s = sigmoid(gamma + b)
+
+whose gradient -s (1 - s) ln s vanishes for important channels and for dead ones, so that only weak
+channels recede; the offset b, used nowhere else, makes it push ever weaker ones only. gamma learns
+ten times as fast as the weights and without weight decay.
+
+The paper trains from scratch. Here a trained network is converted: scales are divided by a little
+more than the largest of their norm, and signs and shifts are dropped, which changes the network,
+so that a short training must repair it. Back-conversion is exact in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+
+from paretoprune.criteria import fingerprint
+from paretoprune.criteria.base import Calibration, CostClass
+from paretoprune.criteria.bn_scale import BnScale
+from paretoprune.criteria.shared import SharedCalibration
+from paretoprune.criteria.statistics import Loss
+from paretoprune.surgery import PruningGraph
+from paretoprune.surgery.program import as_call
+
+_ROOM = 0.95  # the largest scale of a converted norm: sigmoid(gamma) reaches 1 nowhere
+_SMALLEST = 1e-4
+
+
+class _Sigmoid(nn.Module):
+    """The bounded scale of SigBN, as a parametrization of a BatchNorm's weight."""
+
+    def forward(self, gamma: Tensor) -> Tensor:
+        return gamma.sigmoid()
+
+    def right_inverse(self, scale: Tensor) -> Tensor:
+        return scale.logit()
+
+
+def to_sigbn(model: nn.Module) -> nn.Module:
+    """Returns a copy in which every BatchNorm with a scale is a SigBN."""
+    result = copy.deepcopy(model)
+    for norm in _norms(result):
+        with torch.no_grad():
+            scale = norm.weight.abs()
+            norm.weight.copy_((_ROOM * scale / scale.max()).clamp_min(_SMALLEST))
+        norm.bias = None
+        parametrize.register_parametrization(norm, "weight", _Sigmoid())
+    return result
+
+
+def to_batch_norm(model: nn.Module) -> nn.Module:
+    """Returns a copy in which every SigBN is a BatchNorm again, with a shift of zero."""
+    result = copy.deepcopy(model)
+    for norm in _norms(result):
+        if parametrize.is_parametrized(norm, "weight"):
+            parametrize.remove_parametrizations(norm, "weight")
+            norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
+    return result
+
+
+def is_receded(model: nn.Module) -> bool:
+    """Whether all BatchNorms are what a back-converted SigBN is: bounded scales, no shifts."""
+    return all(
+        bool(((norm.weight > 0) & (norm.weight < 1)).all())
+        and not bool(norm.bias is not None and norm.bias.any())
+        for norm in _norms(model)
+    )
+
+
+def gammas(model: nn.Module) -> list[Tensor]:
+    """Returns the gammas of all SigBNs, each of shape (channels,)."""
+    found: list[Any] = [m for m in _norms(model) if parametrize.is_parametrized(m, "weight")]
+    return [norm.parametrizations.weight.original for norm in found]
+
+
+def receding_penalty(gamma: Tensor, offset: float = 0.0) -> Tensor:
+    """Returns R, the sum of s (1 - ln s) with s = sigmoid(gamma + offset)."""
+    logarithm = F.logsigmoid(gamma + offset)
+    return (logarithm.exp() * (1 - logarithm)).sum()
+
+
+def _norms(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, _NormBase) and m.weight is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Receding:
+    """Scale of a channel's BatchNorm after a short training that lets weak ones recede.
+
+    The training runs on the calibration data. A network that was receded before, on more data (see
+    `recede`), is scored as it is. Groups without BatchNorm and blocks are scored as by `BnScale`.
+
+    Attributes:
+        epochs: Passes over the data.
+        strength: lambda; the authors take 1e-4 for a ResNet-56, 1e-3 for a VGG-16.
+        offset: b; the authors take 0 for a ResNet-56, 3 for a VGG-16.
+        learning_rate: Of the weights, falling to zero over a cosine; ten times that of gammas.
+        weight_decay: Of weights of two dims or more.
+        seed: Of what the network itself draws, such as dropout.
+    """
+
+    epochs: int = 10
+    strength: float = 1e-4
+    offset: float = 0.0
+    learning_rate: float = 0.01
+    weight_decay: float = 1e-4
+    seed: int = 0
+    summary: ClassVar[str] = "BatchNorm scale after sparsity training of bounded scales (SigBN)"
+    paper: ClassVar[str] = "Receding Neuron Importances, arXiv:2204.06404"
+    cost: ClassVar[CostClass] = CostClass.TRAINING
+
+    def __call__(
+        self, model: nn.Module, graph: PruningGraph, calibration: Calibration
+    ) -> Mapping[str, Tensor]:
+        """See `Criterion`.
+
+        Raises:
+            ValueError: If `calibration` has no batch, or the training diverges.
+        """
+        shared = SharedCalibration.of(calibration)
+        if graph.open_groups and not is_receded(model):
+            model = recede(model, shared, shared.loss, self)
+        elif not any(True for _ in shared):
+            raise ValueError("the receding criterion needs calibration data, but got no batch.")
+        return BnScale()(model, graph, calibration)
+
+
+def recede(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    loss: Loss,
+    settings: Receding,
+    *,
+    checkpoint: Path | None = None,
+    progress: Callable[[str], None] = lambda _line: None,
+) -> nn.Module:
+    """Returns a copy of a network after sparsity training, with plain BatchNorms, in eval mode.
+
+    SGD with Nesterov momentum 0.9. The last epoch is returned, and not the best one on a test
+    split as in the authors' code.
+
+    Args:
+        model: A trained network; left untouched.
+        batches: A re-iterable of (inputs, targets) training batches, of which every iteration is
+            an epoch; batches of a single example are left out.
+        loss: (outputs, targets) -> scalar mean loss.
+        settings: How to train.
+        checkpoint: File that is written after every epoch; where it is there, for the same network
+            and settings, the training goes on from it and ends as it would have without a break.
+        progress: Receives a line per epoch.
+
+    Raises:
+        ValueError: If there is no batch, or the loss stops being finite.
+    """
+    key = json.dumps([fingerprint.of_model(model), repr(settings)])
+    network = to_sigbn(model).train()
+    weights = dict(network.named_parameters())
+    bounded = {id(gamma) for gamma in gammas(network)}
+    for parameter in weights.values():
+        parameter.requires_grad_(parameter.is_floating_point())
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [p], "lr": settings.learning_rate * (10 if id(p) in bounded else 1),
+             "weight_decay": settings.weight_decay if p.ndim > 1 else 0.0}
+            for p in weights.values()
+        ],
+        momentum=0.9,
+        nesterov=True,
+    )  # fmt: skip
+    rates = [group["lr"] for group in optimizer.param_groups]
+    done = _restore(checkpoint, key, network, weights, optimizer)
+    devices = range(torch.cuda.device_count())
+    for epoch in range(settings.epochs):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(settings.seed + epoch)
+            mean = _epoch(network, _large_enough(batches), loss, settings, optimizer, epoch < done)
+        if mean is not None:
+            progress(f"epoch {epoch + 1}/{settings.epochs}, loss {mean:.3f}")
+            _keep(checkpoint, key, epoch + 1, network, weights, optimizer)
+    result = to_batch_norm(network).eval()
+    for parameter, before in zip(result.parameters(), model.parameters(), strict=False):
+        parameter.requires_grad_(before.requires_grad)
+    return result
+
+
+def _large_enough(
+    batches: Iterable[tuple[Any, Tensor]],
+) -> Iterator[tuple[Any, Tensor]]:
+    """Yields batches of two examples or more: one has no statistics."""
+    empty = True
+    for inputs, targets in batches:
+        empty = False
+        if len(targets) > 1:
+            yield inputs, targets
+    if empty:
+        raise ValueError("the receding criterion needs calibration data, but got no batch.")
+
+
+def _epoch(
+    network: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    loss: Loss,
+    settings: Receding,
+    optimizer: torch.optim.Optimizer,
+    passed: bool,
+) -> float | None:
+    """Trains for an epoch and returns the mean loss; one that has passed is only read."""
+    total, examples = 0.0, 0
+    for inputs, targets in batches:
+        if passed:  # so that batches drawn at random go on where they were
+            continue
+        args, kwargs = as_call(inputs)
+        with torch.enable_grad():
+            value = loss(network(*args, **kwargs), targets)
+            penalty = torch.stack([receding_penalty(g, settings.offset) for g in gammas(network)])
+            optimizer.zero_grad()
+            (value + settings.strength * penalty.sum()).backward()
+        optimizer.step()
+        total, examples = total + float(value.detach()) * len(targets), examples + len(targets)
+    if passed:
+        return None
+    mean = total / max(1, examples)
+    if not math.isfinite(mean):
+        raise ValueError(
+            f"sparsity training diverged (the loss is {mean}); take a lower learning rate than "
+            f"{settings.learning_rate}."
+        )
+    return mean
+
+
+def _keep(
+    file: Path | None,
+    key: str,
+    epochs: int,
+    network: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    if file is None:
+        return
+    tensors = {f"state/{name}": t.clone() for name, t in network.state_dict().items()}
+    for name, parameter in weights.items():
+        momentum = optimizer.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum/{name}"] = momentum.clone()
+    draft = file.with_suffix(".draft")
+    save_file(tensors, draft, metadata={"key": key, "epochs": str(epochs)})
+    draft.replace(file)
+
+
+def _restore(
+    file: Path | None,
+    key: str,
+    network: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Returns how many epochs a checkpoint has, after taking them over; 0 without one."""
+    if file is None or not file.exists():
+        return 0
+    try:
+        with safe_open(file, "pt") as stored:
+            noted = stored.metadata() or {}
+            if noted.get("key") != key:
+                return 0
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except SafetensorError:  # half written when power was lost
+        return 0
+    state = {n.removeprefix("state/"): t for n, t in tensors.items() if n.startswith("state/")}
+    network.load_state_dict(state)
+    for name, parameter in weights.items():
+        if f"momentum/{name}" in tensors:
+            momentum = tensors[f"momentum/{name}"].to(parameter.device)
+            optimizer.state[parameter]["momentum_buffer"] = momentum
+    return int(noted["epochs"])
