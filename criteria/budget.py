@@ -21,16 +21,22 @@ class Allowance:
         graph: From `surgery.trace`.
         groups: The groups whose counts vary.
         removed: Blocks that are removed whole.
+        minimum: Units that stay in every group; a smaller group stays whole.
 
     Attributes:
         sizes: Units of every group, float64, shape (n_groups,).
+        least: Units that stay in every group, likewise.
         dense: MACs of the dense network.
-        smallest: MACs with one unit left in every group.
+        smallest: MACs with the least units in every group.
         largest: MACs with all units.
     """
 
     def __init__(
-        self, graph: PruningGraph, groups: Sequence[PrunableGroup], removed: tuple[str, ...]
+        self,
+        graph: PruningGraph,
+        groups: Sequence[PrunableGroup],
+        removed: tuple[str, ...],
+        minimum: int = 1,
     ) -> None:
         self.groups = tuple(groups)
         self._graph = graph
@@ -41,8 +47,9 @@ class Allowance:
         )
         self._all = torch.tensor([g.size for g in graph.groups.values()], dtype=torch.float64)
         self.sizes = torch.tensor([group.size for group in groups], dtype=torch.float64)
+        self.least = self.sizes.clamp(max=minimum)
         self.dense = graph.cost().macs
-        self.smallest = round(self.macs(torch.ones_like(self.sizes)[None]).item())
+        self.smallest = round(self.macs(self.least[None]).item())
         self.largest = round(self.macs(self.sizes[None]).item())
 
     def macs(self, counts: Tensor) -> Tensor:
@@ -104,10 +111,9 @@ def threshold(allowance: Allowance, priorities: Sequence[Tensor], target: int) -
 
 def _prefix(allowance: Allowance, ladders: Sequence[Tensor], target: int) -> Tensor:
     """Returns the counts after the shortest prefix of leaving units that meets the target."""
-    leaving = torch.cat([ladder[:-1] for ladder in ladders])  # the last unit of a group stays
-    owner = torch.cat(
-        [torch.full((len(ladder) - 1,), index) for index, ladder in enumerate(ladders)]
-    )
+    going = (allowance.sizes - allowance.least).int().tolist()
+    leaving = torch.cat([ladder[:most] for ladder, most in zip(ladders, going, strict=True)])
+    owner = torch.cat([torch.full((most,), index) for index, most in enumerate(going)])
     owner = owner[leaving.argsort(stable=True)]
 
     def counts(length: int) -> Tensor:
@@ -148,7 +154,7 @@ def _nudge(allowance: Allowance, counts: Tensor, target: int) -> Tensor:
     seen = {tuple(counts.tolist())}
     for _ in range(_ROUNDS):
         near = counts + pairs
-        near = near[((near >= 1) & (near <= allowance.sizes)).all(1)]
+        near = near[((near >= allowance.least) & (near <= allowance.sizes)).all(1)]
         macs = allowance.macs(near)
         order = torch.where(macs <= target, macs, -macs).argsort(descending=True)
         for index in order[: len(seen) + 1].tolist():

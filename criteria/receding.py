@@ -31,7 +31,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
 
 from paretoprune.criteria import fingerprint
 from paretoprune.criteria.base import Calibration, CostClass
@@ -45,36 +44,65 @@ _ROOM = 0.95  # the largest scale of a converted norm: sigmoid(gamma) reaches 1 
 _SMALLEST = 1e-4
 
 
-class _Sigmoid(nn.Module):
-    """The bounded scale of SigBN, as a parametrization of a BatchNorm's weight."""
+class SigBatchNorm(nn.Module):
+    """BatchNorm with a scale of sigmoid(gamma) and no shift.
 
-    def forward(self, gamma: Tensor) -> Tensor:
-        return gamma.sigmoid()
+    Args:
+        norm: A BatchNorm, whose statistics are taken over and whose scale and shift are dropped.
+        scale: Initial scales in (0, 1), shape (channels,).
+    """
 
-    def right_inverse(self, scale: Tensor) -> Tensor:
-        return scale.logit()
+    def __init__(self, norm: _NormBase, scale: Tensor) -> None:
+        super().__init__()
+        norm.weight = norm.bias = None  # type: ignore[assignment]
+        self.norm = norm
+        self.gamma = nn.Parameter(scale.detach().logit())
+        self.training = norm.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns normalised `x`, shape (n, channels, ...), times the scales."""
+        scale = self.gamma.sigmoid().reshape(-1, *[1] * (x.ndim - 2))
+        normalised: Tensor = self.norm(x)
+        return normalised * scale
 
 
 def to_sigbn(model: nn.Module) -> nn.Module:
-    """Returns a copy in which every BatchNorm with a scale is a SigBN."""
-    result = copy.deepcopy(model)
-    for norm in _norms(result):
-        with torch.no_grad():
-            scale = norm.weight.abs()
-            norm.weight.copy_((_ROOM * scale / scale.max()).clamp_min(_SMALLEST))
-        norm.bias = None
-        parametrize.register_parametrization(norm, "weight", _Sigmoid())
-    return result
+    """Returns a copy in which every BatchNorm with a scale is a `SigBatchNorm`."""
+
+    def bounded(module: nn.Module) -> nn.Module:
+        if not isinstance(module, _NormBase) or module.weight is None:
+            return module
+        scale = module.weight.detach().abs()
+        return SigBatchNorm(module, (_ROOM * scale / scale.max()).clamp_min(_SMALLEST))
+
+    return _replaced(copy.deepcopy(model), bounded)
 
 
 def to_batch_norm(model: nn.Module) -> nn.Module:
-    """Returns a copy in which every SigBN is a BatchNorm again, with a shift of zero."""
-    result = copy.deepcopy(model)
-    for norm in _norms(result):
-        if parametrize.is_parametrized(norm, "weight"):
-            parametrize.remove_parametrizations(norm, "weight")
-            norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
-    return result
+    """Returns a copy in which every `SigBatchNorm` is a BatchNorm again, with a shift of zero."""
+
+    def plain(module: nn.Module) -> nn.Module:
+        if not isinstance(module, SigBatchNorm):
+            return module
+        norm: Any = module.norm
+        norm.weight = nn.Parameter(module.gamma.detach().sigmoid())
+        norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
+        return norm.train(module.training)  # type: ignore[no-any-return]
+
+    return _replaced(copy.deepcopy(model), plain)
+
+
+def _replaced(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Returns `model` with every module in it that `change` changes in its place."""
+    known: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        if isinstance(parent, SigBatchNorm):
+            continue
+        for name, child in list(parent.named_children()):
+            known.setdefault(id(child), change(child))
+            if known[id(child)] is not child:
+                setattr(parent, name, known[id(child)])
+    return change(model)
 
 
 def is_receded(model: nn.Module) -> bool:
@@ -86,10 +114,9 @@ def is_receded(model: nn.Module) -> bool:
     )
 
 
-def gammas(model: nn.Module) -> list[Tensor]:
-    """Returns the gammas of all SigBNs, each of shape (channels,)."""
-    found: list[Any] = [m for m in _norms(model) if parametrize.is_parametrized(m, "weight")]
-    return [norm.parametrizations.weight.original for norm in found]
+def gammas(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the gammas of all `SigBatchNorm`s, each of shape (channels,)."""
+    return [module.gamma for module in model.modules() if isinstance(module, SigBatchNorm)]
 
 
 def receding_penalty(gamma: Tensor, offset: float = 0.0) -> Tensor:
@@ -199,8 +226,9 @@ def recede(
             progress(f"epoch {epoch + 1}/{settings.epochs}, loss {mean:.3f}")
             _keep(checkpoint, key, epoch + 1, network, weights, optimizer)
     result = to_batch_norm(network).eval()
-    for parameter, before in zip(result.parameters(), model.parameters(), strict=False):
-        parameter.requires_grad_(before.requires_grad)
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(learning[name])
     return result
 
 

@@ -25,6 +25,7 @@ def select(
     allocation: Allocation = "global",
     offsets: Mapping[str, float] | None = None,
     blocks: Mapping[str, float] | None = None,
+    minimum: int = 1,
 ) -> PruningPlan:
     """Returns the plan that keeps the units of highest saliency.
 
@@ -32,7 +33,7 @@ def select(
     filled with the best units that still fit. The priority of a unit is the quantile of its
     saliency among all units (`global`) or within its group (`uniform`), plus its group's offset.
     With `ratios`, each group loses its own share. Equal saliencies leave in unit order, and counts
-    are exact. Every group keeps at least one unit.
+    are exact. Every group keeps at least `minimum` units, or all if it has fewer.
 
     With `blocks`, neurons and layers are chosen together: the priority of a block is the quantile
     that its saliency has among those of all units, and it leaves whole once units of higher
@@ -48,6 +49,7 @@ def select(
         allocation: `global` or `uniform`.
         offsets: By group name, added to the priorities of its units; positive keeps more.
         blocks: Saliencies of removable blocks that may leave too, from `block_saliency`.
+        minimum: Units that every group keeps at least, 1 or more.
 
     Returns:
         A plan with `0.99 * target < macs <= target`, or with the given ratios.
@@ -59,11 +61,13 @@ def select(
     """
     if (budget is None) == (ratios is None):
         raise ValueError("give either `budget` or `ratios`, and not both.")
+    if minimum < 1:
+        raise ValueError(f"`minimum` is at least 1, but got {minimum}.")
     groups = rankable(graph, removed)
     if blocks and budget is None:
         raise ValueError("`blocks` are chosen for a `budget`, but got `ratios`.")
     if ratios is not None:
-        return PruningPlan(_by_ratio(graph, groups, saliency, ratios), removed)
+        return PruningPlan(_by_ratio(graph, groups, saliency, ratios, minimum), removed)
     assert budget is not None
     target = target_macs(graph, budget)
     for block in _leaving_first(graph, saliency, blocks or {}, removed):
@@ -72,11 +76,11 @@ def select(
             break
         priority = _block_priority(groups, saliency, (blocks or {})[block])
         units = _priorities(groups, saliency, allocation, offsets or {})
-        if threshold(Allowance(graph, groups, removed), units, target) <= priority:
+        if threshold(Allowance(graph, groups, removed, minimum), units, target) <= priority:
             break
         removed, groups = more, rankable(graph, more)
     priorities = _priorities(groups, saliency, allocation, offsets or {})
-    allowance = Allowance(graph, groups, removed)
+    allowance = Allowance(graph, groups, removed, minimum)
     _check_reachable(allowance, target)
     kept = fit(allowance, priorities, target)
     return PruningPlan(kept, removed)
@@ -163,6 +167,7 @@ def _by_ratio(
     groups: tuple[PrunableGroup, ...],
     saliency: Mapping[str, Tensor],
     ratios: Mapping[str, float],
+    minimum: int,
 ) -> dict[str, tuple[int, ...]]:
     names = {group.name: group.size for group in groups}
     kept = {}
@@ -173,8 +178,8 @@ def _by_ratio(
             raise ValueError(
                 f"a pruning ratio must lie in [0, 1), but got {ratio} for group {name!r}."
             )
-        gone = min(math.floor(ratio * names[name] + 0.5), names[name] - 1)
-        if gone:
+        gone = min(math.floor(ratio * names[name] + 0.5), names[name] - minimum)
+        if gone > 0:
             order = _scores(saliency, graph.groups[name]).argsort(stable=True)
             kept[name] = tuple(order[gone:].tolist())
     return kept

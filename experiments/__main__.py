@@ -300,6 +300,39 @@ def bottlenecks(
     )
 
 
+@app.command(
+    epilog="Example: [bold]paretoprune recede resnet56-cifar10 --epochs 10 "
+    "--to receded.safetensors[/bold]"
+)
+def recede(
+    model: Model,
+    to: Annotated[
+        Path, typer.Option(metavar="FILE", help="New file of weights.", show_default=False)
+    ],
+    data: Data = None,
+    weights: Weights = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    strength: Annotated[float, typer.Option(help="Weight of the penalty.")] = 1e-4,
+    offset: Annotated[float, typer.Option(help="Offset of the penalty.")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(help="Of the weights.")] = 0.01,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Let BatchNorm scales recede by a short sparsity training; goes on where it was stopped."""
+    from paretoprune.experiments import recede_command
+
+    settings = {
+        "epochs": epochs,
+        "strength": strength,
+        "offset": offset,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    recede_command.recede_network(
+        model, to, data=data, weights=weights, settings=settings, quiet=quiet
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 

@@ -362,3 +362,29 @@ def test_unknown_blocks_and_ratios_with_blocks_are_refused() -> None:
         select(graph, saliency, budget=0.5, blocks={"x": 0.0})
     with pytest.raises(ValueError, match="`blocks` are chosen for a `budget`, but got `ratios`"):
         select(graph, saliency, ratios={}, blocks=whole(graph, 0.0))
+
+
+@pytest.mark.parametrize("how", [{"budget": 0.3}, {"budget": 0.3, "allocation": "uniform"}])
+def test_a_minimum_of_units_stays_in_every_group(how: dict[str, Any]) -> None:
+    graph = digits()
+    saliency = random_saliency(graph, 0)
+    worst = graph.open_groups[1].name
+    saliency[worst] -= 10  # without a minimum nearly all of it would go
+    plan = select(graph, saliency, minimum=3, **how)
+    assert all(len(kept) >= 3 for kept in plan.kept.values())
+    if "allocation" not in how:
+        assert len(plan.kept[worst]) == 3
+        best = saliency[worst].argsort(descending=True)[:3].sort().values
+        assert list(plan.kept[worst]) == best.tolist()
+
+
+def test_a_minimum_holds_for_ratios_and_bounds_the_budget() -> None:
+    graph = digits()
+    saliency = random_saliency(graph, 0)
+    name = graph.open_groups[0].name
+    plan = select(graph, saliency, ratios={name: 0.99}, minimum=3)
+    assert len(plan.kept[name]) == 3
+    with pytest.raises(InfeasibleBudget):
+        select(graph, saliency, budget=0.02, minimum=7)
+    with pytest.raises(ValueError, match="`minimum` is at least 1, but got 0"):
+        select(graph, saliency, budget=0.5, minimum=0)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from paretoprune.criteria import CRITERIA
+from paretoprune.criteria.receding import is_receded
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.comparison import Comparison
 from paretoprune.experiments.models import digits_resnet
@@ -119,3 +120,16 @@ def test_criteria_lists_what_each_needs(capsys: pytest.CaptureFixture[str]) -> N
     shown = " ".join(capsys.readouterr().out.split())
     assert all(name in shown for name in CRITERIA)
     assert "Hessian" in shown
+
+
+def test_recede_writes_weights_that_a_recipe_takes(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "receded.safetensors"
+    arguments = ["recede", "digits", "--weights", untrained, "--to", str(to), "--epochs", "1"]
+    assert main([*arguments, "--quiet"]) == 0
+    assert "receded: loss" in capsys.readouterr().out
+    assert is_receded(build_problem("digits", weights=str(to)).model)
+    assert [file.name for file in tmp_path.iterdir()] == [to.name]
+    assert main([*arguments, "--quiet"]) == 2
+    assert "exists already; take another --to" in capsys.readouterr().err
