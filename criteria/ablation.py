@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.similarity import CHANGES, Response
 from paretoprune.criteria.units import LAYERS
-from paretoprune.surgery import PrunableGroup, PruningGraph
+from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan
 from paretoprune.surgery.execute import Execution, Values
 from paretoprune.surgery.program import Node, Ref
 
@@ -67,6 +67,28 @@ def penultimate(graph: PruningGraph) -> str:
     if nodes[name].operator in LAYERS and isinstance(nodes[name].args[0], Ref):
         return str(nodes[name].args[0].name)
     return name
+
+
+def penultimate_features(
+    model: nn.Module, graph: PruningGraph, inputs: Any, plan: PruningPlan | None = None
+) -> Tensor:
+    """Returns what a network's last layer reads, shape (examples, features).
+
+    Args:
+        model: The dense network, or the pruned one of a plan.
+        graph: The dense network's graph.
+        inputs: A tensor, tuple of arguments or dict of keyword arguments.
+        plan: Of the pruned network.
+    """
+    name = penultimate(graph)
+    found: list[Tensor] = []
+
+    def before(node: Node, values: Values) -> None:
+        if name in node.refs() and not found:
+            found.append(values[name].flatten(1))
+
+    outputs = Execution(graph, plan).run(model, inputs, before=before)
+    return found[0] if found else outputs[graph.program.outputs[0]].flatten(1)
 
 
 def _measure(

@@ -9,15 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from paretoprune.criteria.ablation import changes
+from paretoprune.criteria.ablation import changes, penultimate_features
 from paretoprune.criteria.base import Calibration, CostClass
 from paretoprune.criteria.blocks import inner_units
 from paretoprune.criteria.shared import SharedCalibration
-from paretoprune.surgery import PruningGraph
+from paretoprune.criteria.similarity import cka
+from paretoprune.surgery import PruningGraph, PruningPlan
+
+
+def cka_to_dense(
+    small: nn.Module, plan: PruningPlan, graph: PruningGraph, inputs: Any, dense: Tensor
+) -> float:
+    """Returns the CKA of a candidate's penultimate features with its parent's, in [0, 1].
+
+    Args:
+        small: The pruned network.
+        plan: Its plan.
+        graph: The parent's graph.
+        inputs: Examples, many more than there are features.
+        dense: `penultimate_features` of the parent for these examples.
+    """
+    return float(cka(dense, penultimate_features(small, graph, inputs, plan)))
 
 
 @dataclass(frozen=True, slots=True)

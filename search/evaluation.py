@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from paretoprune.criteria.ablation import penultimate_features
+from paretoprune.criteria.cka import cka_to_dense
 from paretoprune.search.metrics import device_of, evaluate, to_device
 from paretoprune.search.problem import Batch, Problem
 from paretoprune.search.record import Completed, Failed, Outcome
 from paretoprune.surgery import PruningGraph, PruningPlan, Reconstructor, prune
+from paretoprune.surgery.inputs import gather_inputs
 
+SIMILAR_IMAGES = 512
+"""Examples on which a candidate is compared with the dense network."""
 Evaluate = Callable[[PruningPlan, int], Mapping[str, float]]
 """(plan, seed) -> metrics, among them every objective and `macs`; picklable, to reach workers."""
 
@@ -70,15 +75,23 @@ class Evaluator:
     Args:
         problem: The dense network and its data.
         graph: Its graph.
+        similarity: Whether `cka` is measured, too: how alike the features that the last layer
+            reads are to the dense network's, on `SIMILAR_IMAGES` calibration examples.
     """
 
-    def __init__(self, problem: Problem, graph: PruningGraph) -> None:
+    def __init__(self, problem: Problem, graph: PruningGraph, *, similarity: bool = False) -> None:
         self._problem = problem
         self._graph = graph
+        self._similarity = similarity
+        self._features: tuple[Any, Tensor] | None = None
         self._dense: tuple[nn.Module, Reconstructor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense": None}  # every worker computes its dense side itself
+        return {
+            **self.__dict__,
+            "_dense": None,
+            "_features": None,
+        }  # every worker computes its dense side itself
 
     def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
         """Returns `loss` and, for a classifier, `accuracy` on the search split, `macs`, `params`.
@@ -89,6 +102,9 @@ class Evaluator:
         """
         small = self.network(plan, seed)
         measured = evaluate(small, self._problem.validation, self._problem.loss)
+        if self._similarity:
+            inputs, dense = self._features or self._dense_features()
+            measured["cka"] = cka_to_dense(small, plan, self._graph, inputs, dense)
         del small
         _give_back_memory()
         cost = self._graph.cost(plan)
@@ -105,6 +121,13 @@ class Evaluator:
             torch.manual_seed(seed)
             model, reconstruct = self._dense or self._prepare()
             return reconstruct(prune(model, self._graph, plan), plan)
+
+    def _dense_features(self) -> tuple[Any, Tensor]:
+        model, _ = self._dense or self._prepare()
+        calibration = Moved(self._problem.calibration, device_of(model))
+        inputs = gather_inputs(calibration, SIMILAR_IMAGES)
+        self._features = inputs, penultimate_features(model, self._graph, inputs)
+        return self._features
 
     def _prepare(self) -> tuple[nn.Module, Reconstructor]:
         model = on_device(self._problem.model)

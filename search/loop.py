@@ -58,7 +58,7 @@ def search(
         trials: How many trials are to be finished, those of a resumed run included.
         criteria: Names in `CRITERIA`, or criteria by a name of your own.
         objectives: Names of the metrics to optimise, two or more: `loss`, `accuracy`, `macs`,
-            `params`.
+            `params`, `cka` (similarity of the last features to the dense network's).
         sampler: `tpe`, `nsga2`, `nsga3`, `gp` or `random`.
         seed: Seed of the sampler and of every evaluation; with one worker the same seed gives the
             same search.
@@ -104,7 +104,7 @@ def search(
         return following.run(
             _executor(workers, address),
             searcher,
-            Evaluator(problem, prepared.graph),
+            Evaluator(problem, prepared.graph, similarity="cka" in request.objectives),
             Ledger(folder.resolve() / EVALUATIONS),
         )
 

@@ -20,6 +20,7 @@ MEASURED: Mapping[str, tuple[Direction, str]] = MappingProxyType(
         "accuracy": (Direction.MAXIMIZE, "fraction"),
         "macs": (Direction.MINIMIZE, "MACs"),
         "params": (Direction.MINIMIZE, "scalars"),
+        "cka": (Direction.MAXIMIZE, "similarity"),
     }
 )
 """Direction and unit of every metric that can be an objective."""
@@ -31,7 +32,7 @@ def objectives_of(
     """Returns objectives with the reference points of one problem.
 
     A cost counts from the dense network's, the loss from what a network reaches that knows
-    nothing, accuracy from 0.
+    nothing, accuracy and the similarity to the dense network from 0.
 
     Args:
         names: Keys of `MEASURED`.
@@ -42,7 +43,7 @@ def objectives_of(
     Raises:
         ValueError: If an objective is not measured on this problem.
     """
-    references = {"macs": float(dense.macs), "params": float(dense.params)}
+    references = {"macs": float(dense.macs), "params": float(dense.params), "cka": 0.0}
     if "accuracy" in dense_metrics:
         references["accuracy"] = 0.0
     loss = dense_metrics["loss"]

@@ -5,10 +5,10 @@
 Every criterion ranks globally, at every target, without fine-tuning; three seeds where it is
 random. Our networks are measured as surgery leaves them, recalibrated, and reconstructed;
 Torch-Pruning's (`pip install paretoprune[benchmark]`) as they are and recalibrated on the same
-images. Rows without recovery are read on 2,500 test images, all others on all 10,000. Ours may
-prune the residual stream, too; theirs prunes inner channels only, which is its better way (it
-cannot trace the shortcuts otherwise). The search split is read for reconstructed rows, so that the
-best one can be chosen without the test split, which every row reports.
+images. Ours may prune the residual stream, too; theirs prunes inner channels only, which is its
+better way (it cannot trace the shortcuts otherwise). 1,000 images of the search split are read for
+reconstructed rows, so that the best one can be chosen without the test split, of which every row
+says how many images it was read on: `--images`, and a quarter of them without recovery.
 
 Rows are appended to experiments/results/criteria.csv; those that are there are not measured again.
 `--costs` measures what the gradient-based criteria cost instead.
@@ -43,10 +43,8 @@ from paretoprune.surgery import recalibrate, trace
 RESULTS = Path(__file__).parents[1] / "results" / "criteria.csv"
 COSTS = Path(__file__).parents[1] / "results" / "criteria-costs.csv"
 SEEDS = (0, 1, 2)
-FEW = 2500
-"""Images on which rows without recovery, and the search split, are read: enough to tell."""
-JOINT = ("obs", "sosp_h")
-"""Criteria that rank blocks together with units, too."""
+SEARCHED = 1000
+"""Images of the search split that are read."""
 PEERS = ("random", "l2", "bn_scale", "lamp", "fpgm", "taylor", "hessian (bug fixed)")
 Row = dict[str, Any]
 
@@ -60,6 +58,8 @@ def main() -> None:
     parser.add_argument("--criteria", help="only these of ours")
     parser.add_argument("--peers", help="only these of Torch-Pruning; '' leaves it out")
     parser.add_argument("--cache", type=Path, default=Path("runs/.saliency"))
+    parser.add_argument("--images", type=int, default=10_000, help="test images")
+    parser.add_argument("--blocks", action="store_true", help="rank blocks with units, too")
     parser.add_argument("--costs", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -82,12 +82,12 @@ def main() -> None:
         comparison = Comparison(problem, criteria, options.cache)
         print(f"saliencies in {time.perf_counter() - start:.1f} s", flush=True)
         for label in criteria:
-            append(out, ours(comparison, label, targets))
+            append(out, ours(comparison, label, targets, options.images, options.blocks))
     peers = PEERS if options.peers is None else options.peers.split(",")
     for name in filter(None, peers):
         for seed in (0,):
             if ("torch-pruning", name, str(seed)) not in done:
-                append(out, theirs(problem, name, seed, targets))
+                append(out, theirs(problem, name, seed, targets, options.images))
     draw(read(out), out.with_suffix(".png"))
 
 
@@ -107,28 +107,34 @@ def append(file: Path, rows: Iterator[Row]) -> None:
         writer.writerows(measured)
 
 
-def ours(comparison: Comparison, label: str, targets: list[float]) -> Iterator[Row]:
+def ours(
+    comparison: Comparison, label: str, targets: list[float], images: int, blocks: bool
+) -> Iterator[Row]:
     """Yields a row per target, ranking and recovery of one of our criteria."""
     problem = comparison.problem
     assert problem.test is not None, "CIFAR-10 has a test split"
-    test = list(problem.test())
-    few = _first(test, FEW)
+    test = _first(problem.test(), images)
+    few = _first(test, images // 4)
     only: dict[str, Any] = {"criteria": (label,)}
     searched = {
         shot.target: shot.loss
         for shot in comparison.shots(
-            targets, recoveries=("reconstructed",), split=_first(problem.validation, FEW), **only
+            targets,
+            recoveries=("reconstructed",),
+            split=_first(problem.validation, SEARCHED),
+            **only,
         )
     }
     name, _, seed = label.partition(" ")
-    rankings: tuple[Ranking, ...] = ("units", "units and blocks") if name in JOINT else ("units",)
+    rankings: tuple[Ranking, ...] = ("units", "units and blocks") if blocks else ("units",)
     for recoveries, split in ((("plain",), few), (RECOVERIES[1:], test)):
         for shot in comparison.shots(
             targets, rankings=rankings, recoveries=recoveries, split=split, **only
         ):
             best = shot.recovery == "reconstructed" and shot.ranking == "units"
             loss = searched[shot.target] if best else None
-            yield row("paretoprune", int(seed or 0), replace(shot, criterion=name), loss)
+            shown = replace(shot, criterion=name)
+            yield row("paretoprune", int(seed or 0), shown, loss, _count(split))
 
 
 def _first(batches: Iterable[Batch], examples: int) -> list[Batch]:
@@ -142,7 +148,11 @@ def _first(batches: Iterable[Batch], examples: int) -> list[Batch]:
     return taken
 
 
-def row(tool: str, seed: int, shot: Shot, search_loss: float | None) -> Row:
+def _count(batches: Iterable[Batch]) -> int:
+    return sum(len(targets) for _, targets in batches)
+
+
+def row(tool: str, seed: int, shot: Shot, search_loss: float | None, images: int) -> Row:
     """Returns the row of a shot on the test split."""
     print(tool, seed, shot, flush=True)
     values = {
@@ -151,12 +161,13 @@ def row(tool: str, seed: int, shot: Shot, search_loss: float | None) -> Row:
     }
     values["test_loss"], values["test_accuracy"] = values.pop("loss"), values.pop("accuracy")
     chosen = "" if search_loss is None else round(search_loss, 4)
-    images = FEW if shot.recovery == "plain" else 10_000
     counts = {"search_loss": chosen, "test_images": images}
     return {"tool": tool, "seed": seed, **values, **counts, **described()}
 
 
-def theirs(problem: Problem, name: str, seed: int, targets: list[float]) -> Iterator[Row]:
+def theirs(
+    problem: Problem, name: str, seed: int, targets: list[float], images: int
+) -> Iterator[Row]:
     """Yields a row per target and recovery of a Torch-Pruning criterion: 400 global steps."""
     import torch_pruning as tp
 
@@ -192,7 +203,7 @@ def theirs(problem: Problem, name: str, seed: int, targets: list[float]) -> Iter
         channel_groups={},
     )
     assert problem.test is not None, "CIFAR-10 has a test split"
-    test = list(problem.test())
+    test = _first(problem.test(), images)
     waiting = sorted(targets, reverse=True)
     while waiting:
         pruner.step()
@@ -208,7 +219,7 @@ def theirs(problem: Problem, name: str, seed: int, targets: list[float]) -> Iter
             ("recalibrated", recalibrate(small, problem.recalibration or problem.calibration)),
         ):
             network.to(memory_format=torch.channels_last)
-            split = _first(test, FEW) if recovery == "plain" else test
+            split = _first(test, images // 4) if recovery == "plain" else test
             measured = evaluate(network, split, problem.loss)
             shot = Shot(
                 criterion=name,
@@ -222,7 +233,7 @@ def theirs(problem: Problem, name: str, seed: int, targets: list[float]) -> Iter
                 accuracy=measured["accuracy"],
                 seconds=seconds,
             )
-            yield row("torch-pruning", seed, shot, None)
+            yield row("torch-pruning", seed, shot, None, _count(split))
 
 
 def _gradients(model: nn.Module, problem: Problem, name: str) -> None:

@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from paretoprune.search import Completed, Failed, Problem, evaluate
+from paretoprune.criteria import CRITERIA, select
+from paretoprune.criteria.ablation import penultimate_features
+from paretoprune.search import Completed, Failed, Problem, evaluate, search
 from paretoprune.search.evaluation import Evaluator, Moved, attempt
 from paretoprune.surgery import PruningPlan, prune, reconstruct, trace
 
@@ -90,3 +93,25 @@ def test_seconds_are_measured(plan: PruningPlan) -> None:
 def test_moved_batches_can_be_read_again(problem: Problem) -> None:
     moved = Moved(problem.validation, torch.device("cpu"))
     assert len(list(moved)) == len(list(moved)) == 1
+
+
+def test_cka_can_be_an_objective(problem: Problem) -> None:
+    front = search(problem, 0.6, 4, criteria=("l2",), objectives=("cka", "macs"), workers=0)
+    assert front.records
+    for record in front.records:
+        assert isinstance(record.outcome, Completed)
+        assert 0 < record.outcome.metrics["cka"] <= 1 + 1e-9
+    graph = trace(problem.model, problem.example_inputs)
+    evaluator = Evaluator(problem, graph, similarity=True)
+    small_plan = select(graph, CRITERIA["l2"]()(problem.model, graph, []), budget=0.2)
+    whole, less = (evaluator(plan, 0)["cka"] for plan in (PruningPlan(), small_plan))
+    assert whole == pytest.approx(1)
+    assert less < 0.999
+    inputs = torch.cat([inputs for inputs, _ in problem.calibration])
+    removed = PruningPlan(removed=tuple(graph.blocks))
+    small = evaluator.network(removed, 0)
+    layers = [m for m in small.modules() if isinstance(m, nn.Linear)]
+    seen: list[Tensor] = []
+    layers[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    small(inputs)
+    assert torch.equal(penultimate_features(small, graph, inputs, removed), seen[0])
