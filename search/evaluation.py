@@ -87,11 +87,8 @@ class Evaluator:
         self._dense: tuple[nn.Module, Reconstructor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_dense": None,
-            "_features": None,
-        }  # every worker computes its dense side itself
+        # every worker computes its dense side itself
+        return {**self.__dict__, "_dense": None, "_features": None}
 
     def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
         """Returns `loss` and, for a classifier, `accuracy` on the search split, `macs`, `params`.

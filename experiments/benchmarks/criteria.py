@@ -34,7 +34,7 @@ from paretoprune.criteria.random import Random
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Ranking, Shot
 from paretoprune.experiments.comparison_plot import comparison_png
-from paretoprune.experiments.models import ResNet, resnet20, resnet44, resnet56
+from paretoprune.experiments.models import ResNet, resnet20, resnet56
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.problem import Batch
@@ -296,7 +296,6 @@ def costs() -> Iterator[Row]:
     torch.manual_seed(0)
     networks: dict[str, Callable[[], nn.Module]] = {
         "resnet20": resnet20,
-        "resnet44": resnet44,
         "resnet56": resnet56,
         "resnet56, twice as wide": lambda: ResNet(9, (32, 64, 128), 3, 10),
         "resnet56, four times as wide": lambda: ResNet(9, (64, 128, 256), 3, 10),
@@ -305,7 +304,7 @@ def costs() -> Iterator[Row]:
     for name, build in networks.items():
         model = build().eval()
         graph = trace(model, torch.randn(2, 3, 32, 32))
-        batch = (torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
+        batch = (torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))
 
         def gradients(model: nn.Module = model, batch: Any = batch) -> None:
             loss = F.cross_entropy(model(batch[0]), batch[1])
@@ -328,7 +327,7 @@ def costs() -> Iterator[Row]:
         yield {**measured, **described()}
 
 
-def _cpu_seconds(action: Callable[[], None], repeats: int = 3) -> float:
+def _cpu_seconds(action: Callable[[], None], repeats: int = 2) -> float:
     """Returns the least CPU time of several runs, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
