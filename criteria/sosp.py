@@ -157,7 +157,7 @@ def gauss_newton(
 
         def after(node: Node, values: Values, gates: Tensor = gates) -> Tensor | None:
             tap = taps.get(node.name)
-            return None if tap is None else _gated(values[node.name], tap.axis, gates, tap.units)
+            return None if tap is None else units.gated(values[node.name], tap, gates)
 
         result = outputs(run(graph, tensors, inputs, after=after))
         if not isinstance(result, Tensor) or len(result) != count:
@@ -185,15 +185,6 @@ def gauss_newton(
 
 def _first(inputs: Any, count: int) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: leaf[:count], inputs)
-
-
-def _gated(value: Tensor, axis: int, gates: Tensor, units: Tensor) -> Tensor:
-    """Returns a value times the gate of each example and unit."""
-    own = gates[:, units.remainder(gates.shape[1]).to(gates.device)]
-    own = own.repeat_interleave(len(value) // len(own), 0)  # windows of one example follow it
-    shape = [1] * value.ndim
-    shape[0], shape[axis] = own.shape
-    return value * own.reshape(shape)
 
 
 def _loss_hessian(calibration: SharedCalibration, outputs: Tensor, targets: Tensor) -> Tensor:

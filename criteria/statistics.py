@@ -97,7 +97,9 @@ class _Gathering:
         self._leaves, self._tensors = leaves_of(model)
         self._units = Units(graph)
         self._activated = activation_units(graph)
-        device = next((leaf.device for leaf in self._leaves.values()), torch.device("cpu"))
+        self._taps = {tap.node: tap for tap in self._units.taps} if curvature else {}
+        first = next(iter(self._leaves.values()), torch.zeros(0))
+        device, self._dtype = first.device, first.dtype
         self._vectors = {
             name: torch.zeros(self._units.count, dtype=torch.float64, device=device)
             for name in ("changes", "fisher", "leaks", "curvature")
@@ -121,7 +123,13 @@ class _Gathering:
                 overwritten = node.target.split(".")[1].endswith("_")
                 entering[node.name] = value.clone() if overwritten else value
 
+        gates = torch.ones(1, self._units.count + 1, dtype=self._dtype, device=self._open.device)
+        gates.requires_grad_()
+
         def after(node: Node, values: Values) -> None:
+            if node.name in self._taps:
+                tap = self._taps[node.name]
+                values[node.name] = self._units.gated(values[node.name], tap, gates)
             if node.name in self._activated and values[node.name].requires_grad:
                 leaving[node.name] = values[node.name]
 
@@ -129,15 +137,16 @@ class _Gathering:
         loss = self._loss(self._outputs(values), targets)
         del values
         names, leaves = list(self._leaves), list(self._leaves.values())
+        wanted = [*leaves, *leaving.values(), *([gates] if self._taps else [])]
         gradients = torch.autograd.grad(
-            loss, [*leaves, *leaving.values()], create_graph=self._curvature, allow_unused=True
+            loss, wanted, create_graph=self._curvature, allow_unused=True
         )
         count = len(targets)
         known = {n: g for n, g in zip(names, gradients, strict=False) if g is not None}
         if self._curvature:
-            self._add_curvature(known, count)
+            self._add_curvature(known, gates, gradients[-1] if self._taps else None, count)
         self._add_gradient({name: g.detach() for name, g in known.items()}, count)
-        for name, gradient in zip(leaving, gradients[len(names) :], strict=True):
+        for name, gradient in zip(leaving, gradients[len(names) :], strict=False):
             if gradient is not None:
                 self._add_leak(name, entering[name], gradient.detach(), count)
         self._examples += count
@@ -167,18 +176,33 @@ class _Gathering:
         places = units.remainder(self._units.count + 1).to(line.device)
         self._vectors["leaks"] += count * total.index_add(0, places, line)[:-1]
 
-    def _add_curvature(self, gradients: Mapping[str, Tensor], count: int) -> None:
-        """Adds the product of the Hessian with the sum of all open structures."""
-        owned = {name: axis for name, axis in self._units.owned.items() if name in gradients}
-        slope = torch.zeros((), device=self._open.device)
+    def _add_curvature(
+        self, gradients: Mapping[str, Tensor], gates: Tensor, slopes: Tensor | None, count: int
+    ) -> None:
+        """Adds the product of the Hessian with the sum of all open structures.
+
+        The loss is differentiated twice by factors on the structures: gates on what taps put out,
+        which saves the gradients of their weights, and the weights themselves elsewhere.
+        """
+        tapped = {name for tap in self._taps.values() for name in tap.weights}
+        owned = {
+            name: axis
+            for name, axis in self._units.owned.items()
+            if name in gradients and name not in tapped
+        }
+        slope = torch.zeros((), dtype=self._dtype, device=self._open.device)
+        if slopes is not None:
+            slope = slope + (slopes[0, :-1] * self._open).sum()
         for name, axis in owned.items():
             leaf = self._leaves[name].detach()
             mask = self._units.spread(self._open.to(leaf.dtype), name, axis, leaf.ndim)
             slope = slope + (gradients[name] * leaf * mask).sum()
         if not slope.requires_grad:
             return
-        leaves = [self._leaves[name] for name in owned]
-        products = torch.autograd.grad(slope, leaves, allow_unused=True)
+        factors = [gates, *(self._leaves[name] for name in owned)]
+        bend, *products = torch.autograd.grad(slope, factors, allow_unused=True)
+        if bend is not None:
+            self._vectors["curvature"] += count * bend[0, :-1].double()
         for (name, axis), product in zip(owned.items(), products, strict=True):
             if product is not None:
                 summed = self._units.summed(product * self._leaves[name].detach(), name, axis)

@@ -28,11 +28,13 @@ class Tap:
 
     Attributes:
         node: Name of its node.
+        weights: Names of its weights.
         axis: The dim of its output along which the units lie.
         units: The unit at each position of that dim, -1 where it always stays; shape (channels,).
     """
 
     node: str
+    weights: tuple[str, ...]
     axis: int
     units: Tensor
 
@@ -51,7 +53,7 @@ class Units:
         owned: `filters`, and every other parameter on the way of the units, such as the scale and
             shift of a norm. A weight that only reads units is not among them, so that every
             weight belongs to one unit at most.
-        taps: The operators that make the units out of `owned` weights.
+        taps: The operators that make units out of `owned` weights, all of whose uses are such.
     """
 
     def __init__(self, graph: PruningGraph) -> None:
@@ -84,6 +86,7 @@ class Units:
                 scale = self._parameter(node, _NORMS[node.operator])
                 if scale is not None and (scale, 0) in graph.units:
                     self._tap(node, -1 if node.operator == "layer_norm" else 1, (scale, 0))
+        self._drop_shared_taps()
         self.owned.update(self.filters)
         for name, axis in graph.units:
             if (name, axis) not in reading:
@@ -97,7 +100,39 @@ class Units:
         return source.target if source.kind == "parameter" else None
 
     def _tap(self, node: Node, axis: int, place: tuple[str, int]) -> None:
-        self.taps.append(Tap(node.name, axis, self._graph.units[place]))
+        first = _NORMS.get(node.operator, 1)
+        weights = (self._parameter(node, at) for at in (first, first + 1))
+        names = tuple(name for name in weights if name is not None)
+        self.taps.append(Tap(node.name, names, axis, self._graph.units[place]))
+
+    def _drop_shared_taps(self) -> None:
+        """Leaves out taps of weights that something else uses, too."""
+        users = self._graph.program.users()
+        tapped = {tap.node for tap in self.taps}
+        shared = {
+            node.target
+            for node in self._graph.program.nodes.values()
+            if node.kind == "parameter" and not tapped.issuperset(u.name for u in users[node.name])
+        }
+        self.taps = [tap for tap in self.taps if shared.isdisjoint(tap.weights)]
+
+    def gated(self, value: Tensor, tap: Tap, gates: Tensor) -> Tensor:
+        """Returns what a tap puts out, times a factor per unit.
+
+        A layer or a norm is linear in its own weights, so this is the same as the factor on all
+        weights of the unit.
+
+        Args:
+            value: The tap's output.
+            tap: The tap.
+            gates: Shape (1 or examples, n + 1), the last of them for what always stays.
+        """
+        own = gates[:, tap.units.remainder(self.count + 1).to(gates.device)]
+        if len(own) > 1:  # windows of one example follow each other
+            own = own.repeat_interleave(len(value) // len(own), 0)
+        shape = [1] * value.ndim
+        shape[0], shape[tap.axis] = own.shape
+        return value * own.reshape(shape)
 
     def places(self, names: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
         """Yields every (parameter, axis) along which units lie, of the parameters in `names`."""

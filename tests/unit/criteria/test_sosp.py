@@ -15,7 +15,7 @@ from paretoprune.criteria.sosp import gauss_newton, greedy
 from paretoprune.criteria.units import Units
 from paretoprune.surgery import PruningGraph, trace
 from tests.unit.criteria import oracles
-from tests.unit.surgery.specimens import settle
+from tests.unit.surgery.specimens import ZOO, draw, settle
 
 Case = tuple[nn.Module, PruningGraph, Tensor, Tensor]
 
@@ -62,6 +62,31 @@ def shared(inputs: Tensor, targets: Tensor, size: int = 5) -> SharedCalibration:
     return SharedCalibration(list(zip(inputs.split(size), targets.split(size), strict=True)))
 
 
+def partly_fixed() -> Case:
+    """Layers of which some channels meet a constant padding and always stay."""
+    network = ZOO["padded_in_code"].network()
+    return case(network, draw(ZOO["padded_in_code"].shape, 6))
+
+
+class Scaled(nn.Module):
+    """A parameter beside the layers belongs to the units, and a weight is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(4, 5), nn.Parameter(torch.rand(5) + 0.5)
+        self.twice = nn.Linear(5, 5, bias=False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.tanh(self.first(x)) * self.scale
+        x = torch.tanh(self.twice(x)) + x
+        return self.head(torch.tanh(self.twice(x)) + x)
+
+
+def scaled() -> Case:
+    return case(Scaled(), torch.randn(9, 4))
+
+
 CASES = pytest.mark.parametrize("build", [perceptron, convolutional])
 
 
@@ -88,6 +113,23 @@ def test_slopes_and_curvature_equal_the_explicit_gradient_and_hessian(build: Any
     saliency = CRITERIA["sosp_h"]()(model, graph, shared(inputs, targets))
     expected = (rows @ g).abs() + (rows @ h @ everything).abs() / 2
     torch.testing.assert_close(torch.cat(list(saliency.values())), expected.float())
+
+
+@pytest.mark.parametrize("build", [partly_fixed, scaled])
+def test_curvature_counts_weights_beside_layers_and_only_what_may_leave(build: Any) -> None:
+    model, graph, inputs, targets = build()
+    measured = shared(inputs, targets).statistics(model, graph, curvature=True)
+    assert measured.curvature is not None
+    rows = torch.cat(list(oracles.structures(model, graph).values()))
+
+    def loss(theta: Tensor) -> Tensor:
+        return F.cross_entropy(oracles.call(model, theta, inputs), targets)
+
+    _, product = torch.autograd.functional.vhp(loss, oracles.flat(model), rows.sum(0))
+    assert isinstance(product, Tensor)
+    found = Units(graph).by_group(measured.curvature)
+    expected = (rows @ product).float()
+    torch.testing.assert_close(torch.cat(list(found.values())), expected, rtol=1e-5, atol=1e-8)
 
 
 @CASES
