@@ -21,7 +21,7 @@ from paretoprune.criteria.similarity import (
     kl_divergence,
     shape_angle,
 )
-from paretoprune.surgery import PruningPlan, prune
+from paretoprune.surgery import PruningPlan, prune, trace
 from tests.unit.surgery.specimens import ZOO, draw, traced
 
 
@@ -251,3 +251,29 @@ def test_several_outputs_are_refused_in_one_sentence() -> None:
     data = [(inputs, torch.zeros(5))]
     with pytest.raises(ValueError, match="returns one tensor with a row per example, but it"):
         CRITERIA["kl"]()(model, graph, data)
+
+
+class Overwriting(nn.Module):
+    """Adds a branch to its input in place, which another ablation still needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Linear(4, 6), nn.Linear(6, 5)
+        self.outer, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.stem(x))
+        x += self.outer(torch.relu(self.inner(x)))
+        return self.head(x.relu_())
+
+
+def test_ablations_do_not_disturb_one_another_where_the_network_overwrites() -> None:
+    model = Overwriting().eval()
+    inputs, targets = torch.randn(20, 4), torch.arange(20) % 4
+    graph = trace(model, inputs[:2])
+    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100).units["kl"]
+    for unit in range(5):
+        kept = tuple(u for u in range(5) if u != unit)
+        small = prune(model, graph, PruningPlan({"inner": kept}))
+        expected = kl_divergence(model(inputs).double(), small(inputs).double()).detach()
+        torch.testing.assert_close(found["inner"][unit], expected, rtol=1e-3, atol=1e-8)
