@@ -220,3 +220,12 @@ def test_mean_activation_is_what_the_readers_receive() -> None:
     hook.remove()
     expected = torch.cat(received).abs().mean((0, 2, 3))
     torch.testing.assert_close(saliency["2.conv1.0"], expected / expected.mean())
+
+
+def test_mean_activation_counts_negative_values_as_well() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    inputs = torch.randn(50, 4)
+    graph = trace(model, inputs[:2])
+    saliency = CRITERIA["mean_activation"]()(model, graph, [(inputs, torch.zeros(50))])
+    expected = model[:2](inputs).detach().abs().mean(0)
+    torch.testing.assert_close(saliency["0"], expected / expected.mean())
