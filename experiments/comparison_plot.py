@@ -54,8 +54,13 @@ def comparison_png(shots: Sequence[Shot], title: str) -> Figure:
                 )
         if not at:
             axis.set_ylabel("accuracy, %" if shots[0].accuracy is not None else "minus the loss")
-    handles, labels = figure.axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    named = {}  # not every criterion is in every panel
+    for axis in reversed(figure.axes):
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(
+        list(named.values()), list(named), loc="outside right center", frameon=False, fontsize=8
+    )
     figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold")
     return figure
 
