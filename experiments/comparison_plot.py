@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from paretoprune.experiments.comparison import RECOVERIES, Shot
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
 
@@ -54,7 +55,7 @@ def comparison_png(shots: Sequence[Shot], title: str) -> Figure:
                 )
         if not at:
             axis.set_ylabel("accuracy, %" if shots[0].accuracy is not None else "minus the loss")
-    named = {}  # not every criterion is in every panel
+    named: dict[str, Artist] = {}  # not every criterion is in every panel
     for axis in reversed(figure.axes):
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
