@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from paretoprune.criteria import CRITERIA, select
 from paretoprune.surgery import PruningGraph
 from tests.unit.surgery.oracles import call, same, state
-from tests.unit.surgery.specimens import ZOO, draw, traced
+from tests.unit.surgery.specimen import draw
+from tests.unit.surgery.specimens import ZOO, traced
 
 every = pytest.mark.parametrize("criterion", CRITERIA)
 NETWORKS = (

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from paretoprune.criteria import CRITERIA
 from paretoprune.surgery import PruningPlan, trace
 from paretoprune.surgery.least_squares import RIDGE
-from tests.unit.surgery.specimens import settle
+from tests.unit.surgery.specimen import settle
 
 
 class Case:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from paretoprune.criteria import CRITERIA, CostClass
 from paretoprune.surgery import ChannelSlice, PrunableGroup, trace
-from tests.unit.surgery.specimens import ZOO, draw, traced
+from tests.unit.surgery.specimen import draw
+from tests.unit.surgery.specimens import ZOO, traced
 
 networks = pytest.mark.parametrize(
     "name", ["chain", "residual", "dense", "depthwise", "grouped", "mlp", "called_twice"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.convnext import LayerNorm2d
 
 from paretoprune.surgery import Cost, PruningGraph, PruningPlan
-from paretoprune.surgery.execute import Execution
+from paretoprune.surgery.check import masked_outputs as surgery_masked_outputs
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -52,23 +55,73 @@ def masked(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Modul
 def masked_outputs(
     model: nn.Module, graph: PruningGraph, plan: PruningPlan, inputs: Any
 ) -> list[Tensor]:
-    """Returns the outputs of the dense network with units masked and branches zeroed."""
+    """Returns the outputs of the dense network with units masked and blocks passed by.
+
+    Norms over masked units average over those that stay: their modules run on these alone. Where
+    no weight of a module tells which these are, surgery's own oracle computes them.
+    """
     dense = masked(model, graph, plan)
-    if not plan.removed:
+    tensors = dict(dense.named_parameters())
+    for name in plan.removed:
+        dense.get_submodule(name).register_forward_hook(lambda *call: call[1][0])
+    for name in {module for group in plan.kept for module in graph.groups[group].statistics}:
+        if f"{name}.weight" not in tensors:
+            assert not plan.removed, "surgery's oracle leaves blocks in"
+            return surgery_masked_outputs(model, graph, plan, inputs)
+        gone = _gone(graph, plan, f"{name}.weight")
+        kept = [unit for unit in range(len(tensors[f"{name}.weight"])) if unit not in gone]
+        _run_on(dense.get_submodule(name), torch.tensor(kept))
+    with unfused():
         return outputs(dense, inputs)
-    branches = [branch for name in plan.removed for branch in graph.extents[name].branches]
-    return list(Execution(graph).run(dense, inputs, zeroed=branches).values())
+
+
+def _gone(graph: PruningGraph, plan: PruningPlan, parameter: str) -> set[int]:
+    return {
+        position
+        for name, kept in plan.kept.items()
+        for item in graph.groups[name].slices
+        if item.parameter == parameter
+        for unit, positions in enumerate(item.indices)
+        if unit not in kept
+        for position in positions
+    }
+
+
+def _run_on(norm: Any, kept: Tensor) -> None:
+    """Makes a norm read and write some of its channels alone, in place; others become zero."""
+    small = copy.copy(norm)
+    small._parameters = {
+        name: None if tensor is None else nn.Parameter(tensor[kept])
+        for name, tensor in norm._parameters.items()
+    }
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        small.normalized_shape = (len(kept),)
+    if isinstance(norm, nn.GroupNorm):
+        small.num_channels = len(kept)
+    dim = 1 if isinstance(norm, (nn.GroupNorm, LayerNorm2d)) else -1
+
+    def forward(x: Tensor) -> Tensor:
+        result = type(norm).forward(small, x.index_select(dim, kept))
+        return torch.zeros_like(x).index_copy(dim, kept, result)
+
+    norm.forward = forward
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Runs torch's transformer layers module by module, as in training."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def counted(model: nn.Module, inputs: Any) -> Cost:
     """Returns the cost that torch counts for one example, and all parameters."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that torch does not count
-    try:
-        with FlopCounterMode(display=False) as counter:
-            outputs(model, inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with unfused(), FlopCounterMode(display=False) as counter:
+        outputs(model, inputs)
     batch = len(tree_leaves(inputs)[0])
     macs, rest = divmod(counter.get_total_flops(), 2 * batch)
     assert rest == 0

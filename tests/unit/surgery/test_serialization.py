@@ -16,7 +16,8 @@ from torch import nn
 from paretoprune.experiments.models import digits_resnet, resnet20
 from paretoprune.surgery import PruningPlan, UnsupportedModel, load, prune, save, trace
 from tests.unit.surgery.oracles import call, half, loss, outputs
-from tests.unit.surgery.specimens import ZOO, settle, traced
+from tests.unit.surgery.specimen import settle
+from tests.unit.surgery.specimens import ZOO, traced
 
 REFERENCE = "paretoprune.experiments.models:digits_resnet"
 IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -174,13 +175,13 @@ def set_layer(plan: dict[str, Any], layer: str, **attributes: Any) -> None:
         (lambda plan: plan["plan"].update(removed=["layer9.1"]), "does not fit ResNet"),
         (lambda plan: plan["plan"].update(removed=["layer1.1"]), "does not fit ResNet"),
         (lambda plan: plan["layers"].pop("conv1") and None, "layer 'conv1' is in one of them"),
-        (lambda plan: set_layer(plan, "conv1", forward="x"), "layer 'conv1' has the attributes"),
-        (lambda plan: set_layer(plan, "conv1", training=True), "layer 'conv1' has the attributes"),
+        (lambda plan: set_layer(plan, "conv1", forward="x"), "layer 'conv1' has the sizes"),
+        (lambda plan: set_layer(plan, "conv1", training=True), "layer 'conv1' has the sizes"),
         (
             lambda plan: set_layer(plan, "layer1", __class__="x"),
             "layer 'layer1' is in one of them only",
         ),
-        (lambda plan: plan["layers"]["conv1"].pop("groups") and None, "has the attributes"),
+        (lambda plan: plan["layers"]["conv1"].pop("groups") and None, "has the sizes"),
         (lambda plan: set_layer(plan, "conv7", groups=1), "does not fit ResNet: .*conv7"),
         (lambda plan: plan.update(arguments={"depth": 3}), "cannot build"),
         (lambda plan: plan.update(arguments=[1]), "arguments are given by name"),

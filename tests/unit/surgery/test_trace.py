@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from paretoprune.surgery import UnsupportedModel, trace
 from tests.unit.surgery.oracles import call, counted, half, loss, same, state
-from tests.unit.surgery.specimens import ZOO, settle, traced
+from tests.unit.surgery.specimen import settle
+from tests.unit.surgery.specimens import ZOO, traced
 
 everything = pytest.mark.parametrize("name", ZOO)
 
@@ -25,6 +26,9 @@ def test_groups_and_blocks_are_the_expected_ones(name: str) -> None:
     for group, reason in ZOO[name].frozen.items():
         assert reason in frozen[group]
     assert tuple(graph.blocks) == ZOO[name].blocks
+    assert tuple(graph.recorded) == ZOO[name].recorded
+    averages = {group.name: group.statistics for group in graph.open_groups if group.statistics}
+    assert averages == ZOO[name].statistics
 
 
 @everything

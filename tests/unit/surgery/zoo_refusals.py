@@ -12,20 +12,6 @@ from torch.nn.utils import parametrizations
 from tests.unit.surgery.zoo import classifier, conv_bn
 
 
-class TorchAttention(nn.Module):
-    """Multi-head attention of torch, whose code repeats its sizes, beside an MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.attention = nn.Linear(4, 8), nn.MultiheadAttention(8, 2, batch_first=True)
-        self.up, self.down, self.out = nn.Linear(8, 11), nn.Linear(11, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.embed(x)
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        return self.out((x + self.down(F.relu(self.up(x)))).mean(1))
-
-
 class Recurrent(nn.Module):
     """A GRU between linear layers."""
 
@@ -36,29 +22,6 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.out(F.relu(self.hidden(self.gru(self.embed(x))[0][:, -1])))
-
-
-class Embedded(nn.Module):
-    """Integer inputs look up rows of a table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.hidden, self.out = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 5)
-
-    def forward(self, tokens: Tensor) -> Any:
-        return self.out(F.relu(self.hidden(self.table(tokens).mean(1))))
-
-
-class TiedTransposed(nn.Module):
-    """The decoder is the encoder's weight, transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.encoder, self.out = nn.Linear(4, 9), nn.Linear(9, 6), nn.Linear(9, 5)
-
-    def forward(self, x: Tensor) -> Any:
-        code = F.relu(self.encoder(F.relu(self.first(x))))
-        return self.out(F.linear(code, self.encoder.weight.t()))
 
 
 class WrittenInPlace(nn.Module):

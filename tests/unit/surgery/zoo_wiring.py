@@ -55,19 +55,6 @@ class TwoOutputs(nn.Module):
         return self.classes(features), {"boxes": self.boxes(x), "features": features}
 
 
-class CutInCode(nn.Module):
-    """Takes the first four channels by a number in the code."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third = conv_bn(3, 8), conv_bn(4, 7), conv_bn(7, 6)
-        self.head = classifier(6)
-
-    def forward(self, x: Tensor) -> Any:
-        x = F.relu(self.first(x))[:, :4]
-        return self.head(F.relu(self.third(F.relu(self.second(x)))))
-
-
 class FixedView(nn.Module):
     """Writes the number of channels into a view: the code then breaks on fewer."""
 
@@ -79,39 +66,6 @@ class FixedView(nn.Module):
     def forward(self, x: Tensor) -> Any:
         x = F.relu(self.second(F.relu(self.first(x)))).mean((2, 3))
         return self.head(x.view(-1, 8))
-
-
-class Normed(nn.Module):
-    """Norms over the channels, whose statistics change with the channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, 1, 1), nn.GroupNorm(2, 8)
-        self.conv2, self.norm2 = nn.Conv2d(8, 6, 3, 1, 1), nn.LayerNorm(6)
-        self.hidden, self.out = nn.Linear(6, 9), nn.Linear(9, 5)
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.conv2(F.relu(self.norm1(self.conv1(x))))
-        x = self.norm2(x.mean((2, 3)))
-        return self.out(F.gelu(self.hidden(x)))
-
-
-class Attention(nn.Module):
-    """Softmax attention written by hand, beside an MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.qkv, self.project = nn.Linear(4, 8), nn.Linear(8, 24), nn.Linear(8, 8)
-        self.up, self.down, self.out = nn.Linear(8, 11), nn.Linear(11, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.embed(x)
-        n, t, c = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.project(mixed.transpose(1, 2).reshape(n, t, c))
-        x = x + self.down(F.gelu(self.up(x)))
-        return self.out(x.mean(1))
 
 
 class Tokens(nn.Module):
@@ -129,19 +83,6 @@ class Tokens(nn.Module):
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
         x = x + self.down(F.relu(self.up(x)))
         return self.out(x[:, 0] + x.mean(1))
-
-
-class Halves(nn.Module):
-    """Two convolutions read the unequal parts of one output; one part skips to the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.left, self.right = conv_bn(3, 9), conv_bn(3, 5), conv_bn(6, 6)
-        self.head = classifier(11)
-
-    def forward(self, x: Tensor) -> Any:
-        left, right = F.relu(self.conv(x)).split((3, 6), 1)
-        return self.head(torch.cat([F.relu(self.left(left)), F.relu(self.right(right))], 1))
 
 
 class Unflattened(nn.Module):
@@ -186,3 +127,26 @@ class Upsampled(nn.Module):
         skip = F.relu(self.first(x))
         deep = self.up(F.relu(self.deep(skip)))
         return self.out(torch.cat([skip, deep], 1))
+
+
+class Embedded(nn.Module):
+    """Integer inputs look up rows of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.out = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.out(F.relu(self.hidden(self.table(tokens).mean(1))))
+
+
+class TiedTransposed(nn.Module):
+    """The decoder is the encoder's weight, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.encoder, self.out = nn.Linear(4, 9), nn.Linear(9, 6), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        code = F.relu(self.encoder(F.relu(self.first(x))))
+        return self.out(F.linear(code, self.encoder.weight.t()))
