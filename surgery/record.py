@@ -90,7 +90,7 @@ class Recording:
         """
         steps = []
         for name, kind, target, args, kwargs in data["steps"]:
-            if kind == "call" and not is_known(target):
+            if kind != "parameter" and (kind != "call" or not is_known(target)):
                 raise ValueError(f"{target!r} is no operator that a recorded module may run.")
             steps.append(Node(name, kind, target, tuple(_decoded(args)), _decoded(kwargs)))
         outputs, batch = _decoded(data["outputs"]), int(data["batch"])
