@@ -262,6 +262,8 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
+    if not child:
+        raise LookupError(f"{name!r} is no name of a module")
     setattr(model.get_submodule(parent), child, module)
 
 
