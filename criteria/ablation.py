@@ -232,7 +232,7 @@ class _Ablation:
     ) -> Response:
         known = {**self._constants, **values}
         for node, dead in rest:
-            overwritten = node.args[0] if node.target.split(".")[-2].endswith("_") else None
+            overwritten = node.args[0] if node.in_place else None
             if isinstance(overwritten, Ref):  # other ablations still need what is overwritten
                 known[overwritten.name] = known[overwritten.name].clone()
             known = self._execution.ahead([node.name], known, batch)

@@ -120,7 +120,7 @@ class _Gathering:
         def before(node: Node, values: Values) -> None:
             if node.name in self._activated:
                 value = values[node.args[0].name].detach()
-                overwritten = node.target.split(".")[1].endswith("_")
+                overwritten = node.in_place
                 entering[node.name] = value.clone() if overwritten else value
 
         gates = torch.ones(1, self._units.count + 1, dtype=self._dtype, device=self._open.device)

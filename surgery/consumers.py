@@ -149,7 +149,7 @@ def _ahead(
     if order[name] < order[node.name]:
         return ()
     maker = program.nodes[name]
-    if name == node.name or maker.kind != "call" or maker.target.split(".")[1].endswith("_"):
+    if name == node.name or maker.kind != "call" or maker.in_place:
         return None
     steps: list[str] = []
     for ref in maker.refs():

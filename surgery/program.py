@@ -66,6 +66,12 @@ class Node:
             return ""
         return self.target.split(".")[1].removesuffix("_")
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the operator overwrites its first argument."""
+        packet = self.target.rpartition(".")[0]
+        return self.kind == "call" and packet.endswith("_") and not packet.endswith("__")
+
     def refs(self) -> Iterator[str]:
         """Yields the names of the values that the node reads."""
         yield from references((self.args, dict(self.kwargs)))

@@ -58,7 +58,21 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
         if any(parameter.startswith(f"{name}.") for parameter in touched):
             module = small.get_submodule(name)
             _replace(small, name, Recorded(module, recording.resized(graph, mask)))
+    _forget_caches(small)
     return small
+
+
+def _forget_caches(small: nn.Module) -> None:
+    """Makes modules forget what they keep for evaluation, which has the dense sizes.
+
+    Such modules (LeViT's attention keeps its gathered biases) forget it when training begins.
+    """
+    for module in small.modules():
+        if type(module).train is not nn.Module.train:
+            modes = [(inner, inner.training) for inner in module.modules()]
+            module.train().eval()
+            for inner, mode in modes:
+                inner.training = mode
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

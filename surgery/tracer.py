@@ -137,8 +137,7 @@ class Tracer:
 
     def _call(self, node: Node) -> None:
         packet = node.target.rsplit(".", 1)[0]
-        in_place = packet.endswith("_") and not packet.endswith("__")
-        rule = RULES.get(packet.removesuffix("_") if in_place else packet)
+        rule = RULES.get(packet.removesuffix("_") if node.in_place else packet)
         if rule is None and _is_pointwise(node.target):
             rule = RULES["pointwise"]
         if rule is not None:
@@ -151,7 +150,7 @@ class Tracer:
             self.counted(node)
             result = _unlabelled(node.shape)
         self.values[node.name] = result
-        if in_place and node.args and isinstance(node.args[0], Ref):
+        if node.in_place and node.args and isinstance(node.args[0], Ref):
             self.values[node.args[0].name] = result
 
     def value(self, ref: Any) -> Value:
