@@ -70,7 +70,8 @@ def _forget_caches(small: nn.Module) -> None:
     for module in small.modules():
         if type(module).train is not nn.Module.train:
             modes = [(inner, inner.training) for inner in module.modules()]
-            module.train().eval()
+            module.train(True)
+            module.train(False)
             for inner, mode in modes:
                 inner.training = mode
 
