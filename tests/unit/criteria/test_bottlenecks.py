@@ -12,7 +12,8 @@ from paretoprune.criteria import select
 from paretoprune.criteria.bottlenecks import pressures, reset, widen
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.surgery import PruningPlan, trace
-from tests.unit.surgery.specimens import ZOO, settle, traced
+from tests.unit.surgery.specimen import settle
+from tests.unit.surgery.specimens import ZOO, traced
 
 
 def test_pressures_are_the_pruning_ratios_of_a_plan_tightest_first() -> None:

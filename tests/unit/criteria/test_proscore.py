@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from paretoprune.criteria import SharedCalibration
 from paretoprune.criteria.proscore import Form, Proscore, proscore
 from paretoprune.surgery import PruningGraph, trace
-from tests.unit.surgery.specimens import settle
+from tests.unit.surgery.specimen import settle
 
 
 class Plain(nn.Module):

@@ -25,7 +25,7 @@ from paretoprune.criteria.receding import (
 )
 from paretoprune.surgery import prune, trace
 from paretoprune.surgery.prune import masked_tensors
-from tests.unit.surgery.specimens import settle
+from tests.unit.surgery.specimen import settle
 
 
 class Small(nn.Module):

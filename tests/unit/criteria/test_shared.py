@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from paretoprune.criteria import CRITERIA, CostClass, SharedCalibration, block_saliency
 from paretoprune.surgery import PruningPlan, trace
-from tests.unit.surgery.specimens import ZOO, draw, traced
+from tests.unit.surgery.specimen import draw
+from tests.unit.surgery.specimens import ZOO, traced
 
 
 class Counted:

@@ -22,7 +22,8 @@ from paretoprune.criteria.similarity import (
     shape_angle,
 )
 from paretoprune.surgery import PruningPlan, prune, trace
-from tests.unit.surgery.specimens import ZOO, draw, traced
+from tests.unit.surgery.specimen import draw
+from tests.unit.surgery.specimens import ZOO, traced
 
 
 def features(m: int = 40, p: int = 6, q: int = 5) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from paretoprune.criteria.sosp import gauss_newton, greedy
 from paretoprune.criteria.units import Units
 from paretoprune.surgery import PruningGraph, trace
 from tests.unit.criteria import oracles
-from tests.unit.surgery.specimens import ZOO, draw, settle
+from tests.unit.surgery.specimen import draw, settle
+from tests.unit.surgery.specimens import ZOO
 
 Case = tuple[nn.Module, PruningGraph, Tensor, Tensor]
 
