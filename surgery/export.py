@@ -107,7 +107,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
+def unfused() -> Iterator[None]:
     """Keeps torch's transformer layers from running as one operator, which hides what is in it."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -120,7 +120,7 @@ def _unfused() -> Iterator[None]:
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     try:
         # Without gradients, a `torch.no_grad()` in the model's code makes no graph of its own.
-        with _quiet(), _unfused(), torch.no_grad():
+        with _quiet(), unfused(), torch.no_grad():
             exported = torch.export.export(
                 shared_copy(model).eval(), args, kwargs or None, strict=False
             )

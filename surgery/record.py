@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from paretoprune.surgery.execute import Execution, Values
+from paretoprune.surgery.export import unfused
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.program import (
     BatchSize,
@@ -219,7 +220,7 @@ def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
     args, kwargs = as_call(example_inputs)
     try:
-        with torch.no_grad():
+        with unfused(), torch.no_grad():  # values are compared with those of the program
             model(*args, **kwargs)
     finally:
         for handle in handles:
