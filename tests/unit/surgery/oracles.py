@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import LayerNorm2d
 
-from paretoprune.surgery import Cost, PruningGraph, PruningPlan
+from paretoprune.surgery import Cost, PrunableGroup, PruningGraph, PruningPlan
 from paretoprune.surgery.check import masked_outputs as surgery_masked_outputs
 
 
@@ -131,12 +131,13 @@ def counted(model: nn.Module, inputs: Any) -> Cost:
 def plans(graph: PruningGraph) -> st.SearchStrategy[PruningPlan]:
     """Draws plans over the open groups and the blocks."""
 
-    def keep(size: int) -> st.SearchStrategy[tuple[int, ...]]:
-        return st.sets(st.integers(0, size - 1), min_size=1).map(
+    def keep(group: PrunableGroup) -> st.SearchStrategy[tuple[int, ...]]:
+        least = 2 if group.statistics else 1  # a norm of one channel is little more than its sign
+        return st.sets(st.integers(0, group.size - 1), min_size=least).map(
             lambda units: tuple(sorted(units))
         )
 
-    kept = st.fixed_dictionaries({}, optional={g.name: keep(g.size) for g in graph.open_groups})
+    kept = st.fixed_dictionaries({}, optional={g.name: keep(g) for g in graph.open_groups})
     blocks = sorted(graph.blocks)
     removed = st.sets(st.sampled_from(blocks)) if blocks else st.just(set[str]())
     return st.builds(lambda kept, removed: PruningPlan(kept, tuple(removed)), kept, removed)

@@ -499,6 +499,12 @@ ZOO: Mapping[str, Specimen] = {
     "shuffled_by_operator": Specimen(
         zoo_layout.ShuffledByOperator, IMAGES, {"stem.0": 2, "out": 6}, {"head.2": OUTPUT}
     ),
+    "shuffled_in_code": Specimen(
+        zoo_layout.ShuffledInCode,
+        IMAGES,
+        {"mix": 7},
+        {"conv.0": "self-check failed: outputs differ", "head.2": OUTPUT},
+    ),
     "shuffle_unit": Specimen(
         zoo_layout.ShuffleUnit,
         IMAGES,

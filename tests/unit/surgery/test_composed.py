@@ -99,7 +99,7 @@ def test_pruning_twice_is_pruning_once_by_the_joined_plan(
     assert again.cost() == graph.cost(first)
     left = {
         group.name: len(first.kept.get(group.name, range(group.size)))
-        for group in graph.groups.values()
+        for group in graph.open_groups
     }
     drawn = data.draw(plans(again))
     # Of one unit, a group freezes, and a depthwise convolution couples nothing any more.

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paretoprune.experiments.models import digits_resnet, resnet20
 from paretoprune.surgery import PruningPlan, UnsupportedModel, load, prune, save, trace
-from tests.unit.surgery.oracles import call, half, loss, outputs
+from paretoprune.surgery.record import Recorded
+from tests.unit.surgery.oracles import call, difference, half, loss, outputs
 from tests.unit.surgery.specimen import settle
 from tests.unit.surgery.specimens import ZOO, traced
 
@@ -109,18 +111,118 @@ def test_what_is_recorded(exported: tuple[Path, nn.Module]) -> None:
     assert {file.name for file in exported[0].iterdir()} == {"plan.json", "model.safetensors"}
 
 
+WITHOUT = """
+import sys
+for name in ("ray", "optuna", "mlflow", "pandas", "sklearn"):
+    sys.modules[name] = None  # importing it raises
+"""
+
+
 def test_loading_needs_neither_ray_nor_optuna_nor_mlflow(
     exported: tuple[Path, nn.Module],
 ) -> None:
-    program = """
-import sys
+    program = f"{WITHOUT}\nfrom paretoprune.surgery import load\nload(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, str(exported[0])], check=True)
+
+
+def test_a_recorded_module_loads_where_no_searching_is_possible(
+    recorded: tuple[Path, nn.Module],
+) -> None:
+    folder, small = recorded
+    inputs = ZOO["derived_attention"].inputs(3)
+    save_file({"inputs": inputs}, folder / "inputs.safetensors")
+    program = f"""{WITHOUT}
+sys.path[:0] = {sys.path!r}
+from safetensors.torch import load_file, save_file
 from paretoprune.surgery import load
-load(sys.argv[1])
-print(sorted({"ray", "optuna", "mlflow", "pandas", "sklearn"} & set(sys.modules)))
+from tests.unit.surgery.zoo_attention import Derived, Transformer
+network = load(sys.argv[1], lambda: Transformer(Derived()))
+inputs = load_file(sys.argv[1] + "/inputs.safetensors")["inputs"]
+save_file({{"outputs": network(inputs).detach()}}, sys.argv[1] + "/outputs.safetensors")
 """
-    command = [sys.executable, "-c", program, str(exported[0])]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
+    found = load_file(folder / "outputs.safetensors")["outputs"]
+    assert difference(outputs(small, inputs), [found]) < 1e-6
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[Path, nn.Module]:
+    """A pruned network whose attention is a recording, and the folder it is saved in."""
+    model, graph = traced("derived_attention")
+    plan = PruningPlan({"attention.qkv": (1, 2), "embed": (0, 2, 3, 5, 7)})
+    small = prune(model, graph, plan)
+    assert isinstance(small.attention, Recorded)
+    save(tmp_path, small, plan)
+    return tmp_path, small
+
+
+def set_step(plan: dict[str, Any], operator: str, *, kind: str = "call") -> None:
+    step = next(s for s in plan["recorded"]["attention"]["steps"] if s[1] == "call")
+    step[1:4] = [kind, operator, ["/etc/hostname"]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: set_step(plan, "aten.from_file.default"),
+        lambda plan: set_step(plan, "aten.from_file.default", kind="input"),
+        lambda plan: set_step(plan, "aten.from_file.default", kind=""),
+        lambda plan: set_step(plan, "operator.call"),
+        lambda plan: set_step(plan, "builtins.eval.default"),
+        lambda plan: set_step(plan, "prims.convert_element_type.default"),
+        lambda plan: set_step(plan, "aten.nothing.default"),
+        lambda plan: set_step(plan, "aten.relu"),
+        lambda plan: set_step(plan, "aten.relu.default.x"),
+        lambda plan: set_step(plan, ""),
+        lambda plan: plan["recorded"]["attention"].pop("inputs") and None,
+        lambda plan: plan["recorded"]["attention"].update(steps=[["a", "call"]]),
+        lambda plan: plan["recorded"]["attention"].update(outputs={"torch": "load"}),
+        lambda plan: plan["recorded"]["attention"].update(outputs={"eval": "1"}),
+        lambda plan: plan["recorded"].update(nothing=plan["recorded"]["attention"]),
+        lambda plan: plan["recorded"].update({"": plan["recorded"]["attention"]}),
+        lambda plan: plan.update(recorded=["attention"]),
+        lambda plan: plan.update(recorded={}),
+    ],
+)
+def test_a_tampered_recording_is_one_clear_sentence(
+    change: Any, recorded: tuple[Path, nn.Module]
+) -> None:
+    folder, _ = recorded
+    rewrite(folder, change)
+    if json.loads((folder / "plan.json").read_text())["recorded"] == {}:
+        again = load(folder, ZOO["derived_attention"].build)  # fits, but its code cannot run
+        with pytest.raises(RuntimeError):
+            call(again, ZOO["derived_attention"].inputs())
+        return
+    with pytest.raises(ValueError, match="does not fit Transformer: "):
+        load(folder, ZOO["derived_attention"].build)
+
+
+@pytest.mark.parametrize(
+    "name", ["derived_attention", "windowed_attention", "torch_attention", "decoder", "residual"]
+)
+def test_a_network_that_was_pruned_again_and_fine_tuned_comes_back(
+    name: str, tmp_path: Path
+) -> None:
+    model, graph = traced(name)
+    inputs = ZOO[name].inputs(4)
+    first = PruningPlan({g.name: range(1, g.size) for g in graph.open_groups if g.size > 2})
+    small = prune(model, graph, first)
+    again = trace(small, inputs)
+    second = PruningPlan(
+        {g.name: range(g.size - 1) for g in again.open_groups if g.name in first.kept}
+    )
+    assert second.kept
+    smaller = prune(small, again, second).train()
+    optimizer = torch.optim.SGD(smaller.parameters(), 0.01)
+    loss(call(smaller, inputs)).backward()
+    optimizer.step()
+    save(tmp_path, smaller, first.then(second))
+    found = load(tmp_path, ZOO[name].build)
+    assert difference(outputs(smaller.eval(), inputs), outputs(found, inputs)) == 0
+    assert trace(found, inputs).cost() == again.cost(second)
+    loss(call(found.train(), inputs)).backward()
+    assert all(parameter.grad is not None for parameter in found.parameters())
 
 
 @pytest.mark.parametrize("file", ["plan.json", "model.safetensors"])

@@ -106,6 +106,21 @@ class ShuffledByOperator(nn.Module):
         return self.head(F.relu(self.out(self.mix(x))))
 
 
+class ShuffledInCode(nn.Module):
+    """Shuffles the channels of two groups by a number in the code, which cannot follow them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.grouped = conv_bn(3, 8), nn.Conv2d(8, 8, 3, 1, 1, groups=2)
+        self.mix, self.head = nn.Conv2d(8, 7, 3), classifier(7)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.grouped(F.relu(self.conv(x))))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.head(F.relu(self.mix(x)))
+
+
 class ShuffleUnit(nn.Module):
     """ShuffleNet V2: one half passes, the other is convolved, then both are shuffled."""
 

@@ -131,15 +131,21 @@ class Partial(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """A grouped convolution behind a channel shuffle."""
+    """A grouped convolution, and a channel shuffle by a number that follows its groups."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.groups = 2
         self.conv, self.mix = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=2), conv_bn(WIDTH, WIDTH, 1)
 
     def forward(self, x: Tensor) -> Any:
         n, c, h, w = x.shape
-        x = self.conv(x).view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        x = (
+            self.conv(x)
+            .view(n, self.groups, c // self.groups, h, w)
+            .transpose(1, 2)
+            .reshape(n, c, h, w)
+        )
         return F.relu(self.mix(x))
 
 
