@@ -31,6 +31,12 @@ SHAPE_ATTRIBUTES: Mapping[type[nn.Module], tuple[str, ...]] = MappingProxyType(
 """Layer types and the attributes that surgery rewrites; an export stores exactly these."""
 
 
+_IN_SPACE = re.compile(
+    r"(image|img|input|patch|window|kernel|grid|pool).*size|stride|dilation|padding|length|"
+    r"resolution|depth|layers"
+)
+
+
 def size_attributes(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
     """Returns the attributes of a module that surgery may rewrite: sizes and tuples of sizes.
 
@@ -73,6 +79,7 @@ def follow_numbers(
 
     An attribute is known by its value. Where one value stands for several sizes of which only
     some change (8 heads of 8 channels), the attribute's name decides: heads and groups change.
+    Sizes of images, windows and the like may be as large by chance and stay.
 
     Args:
         module: Any module; of torch's own layers, norms without weights alone have no other way.
@@ -82,6 +89,8 @@ def follow_numbers(
     if type(module).__module__.startswith("torch.") and not _is_plain_norm(module):
         return
     for name, value in size_attributes(module).items():
+        if _IN_SPACE.search(name):
+            continue
         if isinstance(value, tuple):
             if value in sequences:
                 set_attribute(module, name, sequences[value])
