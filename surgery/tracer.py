@@ -351,8 +351,12 @@ class Tracer:
         self.statistics[node.name] = (dim, line)
 
     def macs(self, node: Node, per_position: float, *factors: Tensor) -> None:
-        """Notes `per_position` MACs of the whole batch per kept position of every factor."""
-        self.terms.append(MacsTerm(node.name, per_position / self.program.batch, factors))
+        """Notes `per_position` MACs of the whole batch per kept position of every factor.
+
+        What depends on weights alone is computed once, however large the batch.
+        """
+        batch = 1 if node.name in self.weights else self.program.batch
+        self.terms.append(MacsTerm(node.name, per_position / batch, factors))
 
     def counted(self, node: Node) -> None:
         """Notes the MACs of an operator without channels, as torch itself counts them."""
