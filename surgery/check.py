@@ -41,7 +41,10 @@ def half_plan(graph: PruningGraph, names: Sequence[str]) -> PruningPlan:
         size = graph.groups[name].size
         if name in names and size > 1:
             share = (1 / 2, 1 / 3, 2 / 3)[index % 3]
-            count = min(max(round(size * share) - (size > 4), 1), size - 1)
+            count = round(size * share)
+            if size > 4:  # an odd number, below the share, is no multiple of a head's width
+                count -= 1 + count % 2
+            count = min(max(count, 1), size - 1)
             kept[name] = tuple(unit * size // count for unit in range(count))
     return PruningPlan(kept)
 
