@@ -31,12 +31,14 @@ class Tap:
         weights: Names of its weights.
         axis: The dim of its output along which the units lie.
         units: The unit at each position of that dim, -1 where it always stays; shape (channels,).
+        examples: The dim of its output along which examples, or windows of them, lie.
     """
 
     node: str
     weights: tuple[str, ...]
     axis: int
     units: Tensor
+    examples: int = 0
 
 
 class Units:
@@ -103,7 +105,10 @@ class Units:
         first = _NORMS.get(node.operator, 1)
         weights = (self._parameter(node, at) for at in (first, first + 1))
         names = tuple(name for name in weights if name is not None)
-        self.taps.append(Tap(node.name, names, axis, self._graph.units[place]))
+        batch = self._graph.program.batch
+        sizes = [size for size in node.shape or () if isinstance(size, int)]
+        examples = next((dim for dim, size in enumerate(sizes) if size % batch == 0), 0)
+        self.taps.append(Tap(node.name, names, axis, self._graph.units[place], examples))
 
     def _drop_shared_taps(self) -> None:
         """Leaves out taps of weights that something else uses, too."""
@@ -129,9 +134,9 @@ class Units:
         """
         own = gates[:, tap.units.remainder(self.count + 1).to(gates.device)]
         if len(own) > 1:  # windows of one example follow each other
-            own = own.repeat_interleave(len(value) // len(own), 0)
+            own = own.repeat_interleave(value.shape[tap.examples] // len(own), 0)
         shape = [1] * value.ndim
-        shape[0], shape[tap.axis] = own.shape
+        shape[tap.examples], shape[tap.axis] = own.shape
         return value * own.reshape(shape)
 
     def places(self, names: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:

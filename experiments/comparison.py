@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from paretoprune.criteria import Criterion, SharedCalibration, select
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.evaluation import Moved, on_device
+from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Batch
 from paretoprune.search.saliency import Scores, saliencies
@@ -139,7 +139,7 @@ class Comparison:
                         start = time.perf_counter()
                         network = self.network(plan, recovery)
                         seconds = time.perf_counter() - start
-                        network.to(memory_format=torch.channels_last)  # 1.6 times as fast on CPUs
+                        network = channels_last(network, self.graph)
                         measured = evaluate(network, split, self.problem.loss)
                         yield Shot(
                             criterion=criterion,

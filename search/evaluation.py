@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from paretoprune.criteria.ablation import penultimate_features
 from paretoprune.criteria.cka import cka_to_dense
+from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of, evaluate, to_device
 from paretoprune.search.problem import Batch, Problem
 from paretoprune.search.record import Completed, Failed, Outcome
@@ -97,7 +98,7 @@ class Evaluator:
             plan: What to keep.
             seed: Seed of torch's generators; the caller's are left as they were.
         """
-        small = self.network(plan, seed)
+        small = channels_last(self.network(plan, seed), self._graph)
         measured = evaluate(small, self._problem.validation, self._problem.loss)
         if self._similarity:
             inputs, dense = self._features or self._dense_features()
