@@ -165,7 +165,7 @@ def ui(
 
 @app.command(
     epilog="Example: [bold]paretoprune export resnet56-cifar10-50pct-1 --max-flops 40% "
-    "--to exports/small[/bold]"
+    "--to exports/small --format safetensors,onnx[/bold]"
 )
 def export(
     run: Run,
@@ -183,8 +183,23 @@ def export(
             show_default=False,
         ),
     ] = None,
+    min_accuracy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ACCURACY",
+            help="Take the smallest of the front with at least this accuracy on the search "
+            "split: 0.9 or 90%.",
+            show_default=False,
+        ),
+    ] = None,
     formats: Annotated[
-        str, typer.Option("--format", metavar="FORMATS", help="Formats to write.")
+        str,
+        typer.Option(
+            "--format",
+            metavar="A,B",
+            help="onnx and pt2 (torch.export) are written beside safetensors; each is compared "
+            "with the network on real inputs.",
+        ),
     ] = "safetensors",
     runs_dir: RunsDir = RUNS,
     quiet: Quiet = False,
@@ -192,7 +207,7 @@ def export(
     """Write a subnetwork with its model card, after rebuilding, measuring and reloading it."""
     from paretoprune.experiments import export_command
 
-    choice = export_command.Choice(trial, max_flops)
+    choice = export_command.Choice(trial, max_flops, min_accuracy)
     export_command.export_run(run, choice, to, formats=formats, runs_dir=runs_dir, quiet=quiet)
 
 

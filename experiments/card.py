@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from paretoprune.experiments.formats import Written
 from paretoprune.experiments.latency import Latency
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Record
 from paretoprune.surgery import Cost
 from paretoprune.surgery.serialization import is_trusted
+
+_BLOCK = 8
+"""Channels that common CPU and GPU kernels compute together at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +25,16 @@ class Measured:
         cost: MACs and params.
         thop_macs: MACs as thop counts them; None if it cannot.
         file_bytes: Size of its weights as safetensors.
+        widths: Number of outputs of every convolution and linear layer.
         search: `loss` and `accuracy` on the search split.
-        test: The same on the test split; None where there is none.
+        test: The same on the test split, and the number of `examples`; None where there is none.
         latency: Of one forward pass.
     """
 
     cost: Cost
     thop_macs: int | None
     file_bytes: int
+    widths: tuple[int, ...]
     search: dict[str, float]
     test: dict[str, float] | None
     latency: Latency
@@ -71,7 +77,9 @@ class CardFacts:
     reference: str | None
 
 
-def model_card(facts: CardFacts, dense: Measured, small: Measured) -> str:
+def model_card(
+    facts: CardFacts, dense: Measured, small: Measured, written: Sequence[Written] = ()
+) -> str:
     """Returns the card in Markdown."""
     share = small.cost.macs / dense.cost.macs
     sections = [
@@ -81,13 +89,15 @@ def model_card(facts: CardFacts, dense: Measured, small: Measured) -> str:
         + " were removed, so it is a smaller ordinary network that needs no special runtime. "
         "MACs are multiply-accumulates of one forward pass of one example, the papers' “FLOPs”.",
         _numbers(dense, small),
-        _footnotes(facts, dense, small),
-        "## Load it\n" + _loading(facts.reference),
+        _footnotes(facts, dense, small, written),
+        *_formats(written),
+        "## Load it\n" + "\n\n".join([_loading(facts.reference), *_running(written)]),
         "## How it was obtained\n" + _origin(facts),
         "## Files\n"
         "- `model.safetensors`: the weights; nothing is unpickled.\n"
         "- `plan.json`: architecture, plan, metrics and checksum.\n"
-        "- `README.md`: this card.",
+        + "".join(f"- `{one.file}`: the whole network, {one.runtime}.\n" for one in written)
+        + "- `README.md`: this card.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -132,14 +142,16 @@ def _qualities(
     return [(name, a, b, c) for name, a, b, c in rows]
 
 
-def _footnotes(facts: CardFacts, dense: Measured, small: Measured) -> str:
+def _footnotes(
+    facts: CardFacts, dense: Measured, small: Measured, written: Sequence[Written]
+) -> str:
     lines = [
         "The search split is training data that was held out of calibration; the trained network "
-        "may have seen it. "
-        + ("The test split was read once, for this card." if small.test else "No test split."),
+        "may have seen it. " + _tested(small.test),
         f"Latency: median ± half the interquartile range of {small.latency.repeats} forward "
         f"passes after warm-up, in turns with the dense network; batch {facts.batch}, "
         f"{facts.conditions}.",
+        *([slow] if (slow := not_faster(dense, small, written)) else []),
     ]
     counted = [m.thop_macs for m in (dense, small)]
     if counted[0] is not None and counted[1] is not None:
@@ -154,6 +166,65 @@ def _footnotes(facts: CardFacts, dense: Measured, small: Measured) -> str:
             f"{verdict}."
         )
     return "\n\n".join(lines)
+
+
+def _tested(test: dict[str, float] | None) -> str:
+    if test is None:
+        return "No test split."
+    return (
+        f"The test split, {test['examples']:,} examples that the search did not use, was "
+        f"read once, for this card: top-1 of both networks as written, in eval mode."
+    )
+
+
+def not_faster(dense: Measured, small: Measured, written: Sequence[Written]) -> str | None:
+    """Returns where pruning saves no time and what may help; None if it does everywhere."""
+    pairs = {"torch": (dense.latency, small.latency)} | {one.name: one.latency for one in written}
+    slow = [name for name, (before, after) in pairs.items() if not after.improves_on(before)]
+    if not slow:
+        return None
+    odd = sum(width % _BLOCK != 0 for width in small.widths)
+    return (
+        f"Not faster than the dense network, beyond the spread, in: {', '.join(slow)}. Kernels "
+        f"compute channels in blocks, and {odd} of the {len(small.widths)} layers have no "
+        f"multiple of {_BLOCK}; in small networks and batches, time per layer decides. Removed "
+        f"blocks and fewer FLOPs (--max-flops) save time where single channels do not."
+    )
+
+
+def _formats(written: Sequence[Written]) -> list[str]:
+    """Returns the section about the files beside the weights."""
+    if not written:
+        return []
+    rows = ["## Other formats", ""]
+    rows += ["| file | | dense | pruned | pruned / dense |", "|---|---|---:|---:|---:|"]
+    for one in written:
+        size = " | ".join(_bytes(*one.file_bytes))
+        before, after = one.latency
+        ratio = format_percent(after.milliseconds / before.milliseconds)
+        rows.append(f"| `{one.file}` | file size | {size} |")
+        rows.append(f"| | latency | {before} | {after} | {ratio} |")
+    compared = [
+        f"`{one.file}` ({one.runtime}): on {one.examples} examples of the search split, and on "
+        f"one alone, its outputs differ from the network's by at most {one.difference:.1e}."
+        for one in written
+    ]
+    about = "Written with free batch size, dense and pruned alike, and timed as above."
+    return ["\n".join(rows), about, *compared]
+
+
+def _running(written: Sequence[Written]) -> list[str]:
+    """Returns how to run the files beside the weights."""
+    code = {
+        "onnx": "import onnxruntime\n\n"
+        'session = onnxruntime.InferenceSession("model.onnx")\n'
+        "name = session.get_inputs()[0].name\n"
+        "(outputs,) = session.run(None, {name: images.numpy()})  # float32, any batch size",
+        "pt2": "import torch\n\n"
+        'model = torch.export.load("model.pt2").module()\n'
+        "outputs = model(images)",
+    }
+    return [f"```python\n{code[one.name]}\n```" for one in written]
 
 
 def _loading(reference: str | None) -> str:
@@ -190,7 +261,9 @@ def _origin(facts: CardFacts) -> str:
     )
 
 
-def verdict(directory: Path, dense: Measured, small: Measured) -> str:
+def verdict(
+    directory: Path, dense: Measured, small: Measured, written: Sequence[Written] = ()
+) -> str:
     """Returns what was verified, in a few lines."""
     lines = [
         f"{directory}: reloaded, and its outputs equal those of the network in memory",
@@ -209,6 +282,14 @@ def verdict(directory: Path, dense: Measured, small: Measured) -> str:
                 f"(dense {format_percent(before['accuracy'], 2)})"
             )
     lines.append(f"latency  {small.latency} (dense {dense.latency})")
+    lines += [
+        f"{one.name:<8} {one.latency[1]} (dense {one.latency[0]}); {one.runtime}; outputs equal "
+        f"within {one.difference:.1e} on {one.examples} real inputs"
+        for one in written
+    ]
+    slow = not_faster(dense, small, written)
+    if slow:
+        lines.append(slow)
     return "\n".join(lines)
 
 

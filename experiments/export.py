@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch import nn
 
 from paretoprune.experiments.card import CardFacts, Measured, model_card, weights_bytes
 from paretoprune.experiments.counting import thop_macs
-from paretoprune.experiments.latency import Latency, conditions, measure_latency
+from paretoprune.experiments.formats import ExportFailed, Written, count_examples, write_format
+from paretoprune.experiments.latency import Latency, conditions, measure_latency, widths
 from paretoprune.experiments.runs import library_versions
-from paretoprune.search import Completed, Problem, Record
+from paretoprune.search import Batch, Completed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.metrics import evaluate, forward
 from paretoprune.surgery import (
@@ -30,9 +31,7 @@ from paretoprune.surgery import (
     save,
     trace,
 )
-from paretoprune.surgery.program import as_call
 
-FORMATS = ("safetensors",)
 _TOLERANCE = 1e-5
 """Largest relative difference between the outputs of the network and of its reloaded copy."""
 
@@ -46,12 +45,14 @@ class Exported:
         model: The network in memory, in eval mode on the CPU.
         dense: What was measured of the dense network.
         small: What was measured of the exported network.
+        written: What was measured of each file beside the weights.
     """
 
     directory: Path
     model: nn.Module
     dense: Measured
     small: Measured
+    written: tuple[Written, ...]
 
 
 def check_destination(directory: Path) -> None:
@@ -64,24 +65,12 @@ def check_destination(directory: Path) -> None:
         raise ValueError(f"{directory} exists already; export into a new folder.")
 
 
-def check_formats(formats: str) -> None:
-    """Verifies a comma-separated list of formats.
-
-    Raises:
-        ValueError: If one is not available.
-    """
-    for name in formats.split(","):
-        if name.strip() not in FORMATS:
-            raise ValueError(
-                f"unknown export format {name.strip()!r}; available: {', '.join(FORMATS)}."
-            )
-
-
 def export(
     problem: Problem,
     record: Record,
     directory: Path,
     *,
+    formats: Sequence[str] = (),
     run: str | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
@@ -96,13 +85,15 @@ def export(
         problem: The problem of the search.
         record: A completed record.
         directory: The new folder.
+        formats: What to write beside safetensors: names of `FORMATS`.
         run: Name of the run, for the card.
         seed: Seed of the search.
         progress: Receives a line per stage.
 
     Raises:
         ValueError: If `directory` exists, or the record is not a completed one.
-        RuntimeError: If the rebuilt or the reloaded network is not the record's.
+        ExportFailed: If the rebuilt or a written network is not the record's, or a format cannot
+            hold it.
     """
     check_destination(directory)
     if record.plan is None or not isinstance(record.outcome, Completed):
@@ -113,7 +104,9 @@ def export(
     search_metrics = evaluate(small, problem.validation, problem.loss)
     _check_metrics(record, record.outcome, search_metrics)
     dense, small = copy.deepcopy(problem.model).cpu().eval(), small.cpu().eval()
+    inputs, _ = next(iter(problem.validation))
     with _new_folder(directory) as folder:
+        written = tuple(_written(formats, folder, dense, small, inputs, problem, progress))
         progress("measuring")
         measured = _measure(problem, graph, record.plan, dense, small, search_metrics)
         save(
@@ -122,28 +115,43 @@ def export(
             record.plan,
             reference=problem.reference,
             arguments=problem.arguments,
-            metrics=measured[1].to_json(),
+            metrics={
+                **measured[1].to_json(),
+                "formats": {one.name: one.to_json() for one in written},
+            },
             example_inputs=problem.example_inputs,
         )
+        progress("loading it again and comparing outputs")
+        _check_reloaded(problem, folder, small, inputs)
         facts = CardFacts(
             name=problem.name,
             run=run,
             record=record,
             conditions=conditions(small),
-            batch=batch_size(problem.example_inputs),
+            batch=count_examples(problem.example_inputs),
             libraries=library_versions(),
             reference=problem.reference,
         )
-        (folder / "README.md").write_text(model_card(facts, *measured))
-        progress("loading it again and comparing outputs")
-        _check_reloaded(problem, folder, small)
-    return Exported(directory, small, *measured)
+        (folder / "README.md").write_text(model_card(facts, *measured, written))
+    return Exported(directory, small, *measured, written)
 
 
-def batch_size(example_inputs: Any) -> int:
-    """Returns the number of examples in a model's inputs."""
-    args, kwargs = as_call(example_inputs)
-    return int((*args, *kwargs.values())[0].shape[0])
+def _written(
+    formats: Sequence[str],
+    folder: Path,
+    dense: nn.Module,
+    small: nn.Module,
+    inputs: Any,
+    problem: Problem,
+    progress: Callable[[str], None],
+) -> Iterator[Written]:
+    """Writes and compares the formats, one after the other."""
+    for name in formats:
+        progress(f"writing {name}, and comparing it on real inputs")
+        with tempfile.TemporaryDirectory() as scratch:
+            yield write_format(
+                name, folder, dense, small, inputs, problem.example_inputs, Path(scratch)
+            )
 
 
 @contextmanager
@@ -167,14 +175,14 @@ def _check_metrics(record: Record, outcome: Completed, rebuilt: dict[str, float]
     Other thread counts add numbers in another order, so the last digits may differ.
 
     Raises:
-        RuntimeError: If loss or accuracy are others.
+        ExportFailed: If loss or accuracy are others.
     """
     for name, tolerance in (("loss", 1e-3), ("accuracy", 2e-3)):
         before, now = outcome.metrics.get(name), rebuilt.get(name)
         if before is None or now is None:
             continue
         if abs(before - now) > tolerance * max(1.0, abs(before)):
-            raise RuntimeError(
+            raise ExportFailed(
                 f"trial {record.number} had {name} {before:.4f} in the search, but the network "
                 f"rebuilt from its plan has {now:.4f}; weights or data must have changed since."
             )
@@ -200,8 +208,15 @@ def _measure(
         test: dict[str, float] | None,
         latency: Latency,
     ) -> Measured:
-        counted = thop_macs(network, problem.example_inputs)
-        return Measured(cost, counted, _file_bytes(network, problem), search, test, latency)
+        return Measured(
+            cost=cost,
+            thop_macs=thop_macs(network, problem.example_inputs),
+            file_bytes=_file_bytes(network, problem),
+            widths=widths(network),
+            search=search,
+            test=test,
+            latency=latency,
+        )
 
     return (
         measured(dense, graph.cost(), dense_metrics, dense_test, dense_time),
@@ -212,14 +227,23 @@ def _measure(
 def _test(
     problem: Problem, dense: nn.Module, small: nn.Module
 ) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-    """Returns the metrics of both networks on the test split, which is opened here alone."""
+    """Returns the metrics of both networks on the test split, which is opened here alone.
+
+    With `examples`, their number.
+    """
     if problem.test is None:
         return None, None
-    batches = problem.test()
-    return (
-        evaluate(dense, batches, problem.loss),
-        evaluate(small, batches, problem.loss),
-    )
+    batches, counts = problem.test(), []
+
+    def counted() -> Iterator[Batch]:
+        for inputs, targets in batches:
+            counts.append(len(targets))
+            yield inputs, targets
+
+    before = evaluate(dense, batches, problem.loss)
+    after = evaluate(small, counted(), problem.loss)
+    examples = {"examples": sum(counts)}
+    return before | examples, after | examples
 
 
 def _file_bytes(network: nn.Module, problem: Problem) -> int:
@@ -229,20 +253,19 @@ def _file_bytes(network: nn.Module, problem: Problem) -> int:
         return weights_bytes(Path(folder))
 
 
-def _check_reloaded(problem: Problem, folder: Path, small: nn.Module) -> None:
+def _check_reloaded(problem: Problem, folder: Path, small: nn.Module, inputs: Any) -> None:
     """Verifies that what was written loads and computes the same on real inputs.
 
     Raises:
-        RuntimeError: If it does not.
+        ExportFailed: If it does not.
     """
     reloaded = load(folder, problem.reference or (lambda: copy.deepcopy(problem.model)))
-    inputs, _ = next(iter(problem.validation))
     with torch.no_grad():
         expected, actual = forward(small, inputs), forward(reloaded, inputs)
     try:
         torch.testing.assert_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
     except AssertionError as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(
+        raise ExportFailed(
             f"the written network does not compute what the one in memory does ({reason})."
         ) from error

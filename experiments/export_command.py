@@ -12,17 +12,13 @@ from torch import Tensor
 from paretoprune.experiments import runs
 from paretoprune.experiments.card import verdict
 from paretoprune.experiments.commands import problem_of, view_of
-from paretoprune.experiments.export import (
-    Exported,
-    check_destination,
-    check_formats,
-    export,
-)
+from paretoprune.experiments.export import Exported, check_destination, export
+from paretoprune.experiments.formats import parse_formats
 from paretoprune.experiments.progress import long_step, progress_console
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.store import ExportPlace
 from paretoprune.experiments.tracking import register_export
-from paretoprune.experiments.units import parse_flops
+from paretoprune.experiments.units import parse_accuracy, parse_flops
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Completed, Problem, Record
 from paretoprune.search.evaluation import one_line
@@ -35,21 +31,25 @@ class Choice:
     Attributes:
         trial: Its number.
         max_flops: A FLOPs target that the best of the front must meet.
+        min_accuracy: An accuracy on the search split that the smallest of the front must have.
     """
 
     trial: int | None = None
     max_flops: str | None = None
+    min_accuracy: str | None = None
 
     def of(self, view: SearchView) -> Record:
         """Returns the record.
 
         Raises:
-            ValueError: If there is none, or both ways of choosing are given.
+            ValueError: If there is none, or more than one way of choosing is given.
         """
-        if self.trial is not None and self.max_flops is not None:
-            raise ValueError("give --trial or --max-flops, not both.")
+        if sum(way is not None for way in (self.trial, self.max_flops, self.min_accuracy)) > 1:
+            raise ValueError("give one of --trial, --max-flops and --min-accuracy.")
         if self.trial is not None:
             return _completed(view, self.trial)
+        if self.min_accuracy is not None:
+            return view.front.smallest(parse_accuracy(self.min_accuracy))
         limit = None if self.max_flops is None else parse_flops(self.max_flops)
         if isinstance(limit, float):
             limit = int(limit * view.dense.macs)
@@ -73,17 +73,19 @@ def export_run(
     name: str, choice: Choice, to: Path, *, formats: str, runs_dir: Path, quiet: bool
 ) -> None:
     """Exports a trial of a run, and registers it in MLflow."""
-    check_formats(formats)
+    beside = parse_formats(formats)
     check_destination(to)
     folder, spec = runs.load_run(runs_dir, name)
     record = choice.of(view_of(folder))
     problem = problem_of(spec, quiet, folder)
     title = f"Exporting trial {record.number}"
     with long_step(progress_console(), title, quiet=quiet) as progress:
-        done = export(problem, record, to, run=name, seed=spec.seed, progress=progress)
+        done = export(
+            problem, record, to, formats=beside, run=name, seed=spec.seed, progress=progress
+        )
         progress("registering it in MLflow")
         registered = _registered(done, problem, record, folder, spec)
-    typer.echo(verdict(to, done.dense, done.small))
+    typer.echo(verdict(to, done.dense, done.small, done.written))
     typer.echo(registered)
 
 

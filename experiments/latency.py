@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,13 @@ class Latency:
     spread: float
     repeats: int
 
+    def improves_on(self, dense: Latency) -> bool:
+        """Returns whether this is shorter by more than both spreads, so not by chance alone."""
+        return self.milliseconds + self.spread < dense.milliseconds - dense.spread
+
     def __str__(self) -> str:
-        return f"{self.milliseconds:.2f} ± {self.spread:.2f} ms"
+        digits = 2 if self.milliseconds >= 1 else 3
+        return f"{self.milliseconds:.{digits}f} ± {self.spread:.{digits}f} ms"
 
 
 def measure_latency(
@@ -41,29 +47,42 @@ def measure_latency(
 ) -> list[Latency]:
     """Returns the latency of each model on the same inputs.
 
-    The models take turns, so that a slower moment of the machine hits all alike. On a CPU they
-    use one thread: with more, other work on the machine decides the result.
-
     Args:
         models: On one device; in eval mode while they are measured.
         inputs: A tensor, tuple of arguments or dict of keyword arguments.
+        seconds: See `time_in_turns`.
+    """
+    with ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
+        return time_in_turns([partial(forward, model, inputs) for model in models], seconds)
+
+
+def time_in_turns(passes: Sequence[Callable[[], object]], seconds: float = 2.0) -> list[Latency]:
+    """Returns the latency of each forward pass.
+
+    They take turns, so that a slower moment of the machine hits all alike. On a CPU torch uses
+    one thread: with more, other work on the machine decides the result.
+
+    Args:
+        passes: Each runs once when it is called.
         seconds: Time to spend on all of them together, warm-up apart; at least ten passes each.
     """
-    times: list[list[float]] = [[] for _ in models]
-    with torch.no_grad(), _one_thread():
-        for model in models:
-            with evaluating(model):
-                for _ in range(_WARM_UP):
-                    forward(model, inputs)
+    times: list[list[float]] = [[] for _ in passes]
+    with torch.no_grad(), one_thread():
+        for run in passes:
+            for _ in range(_WARM_UP):
+                run()
         end = time.perf_counter() + seconds
         while len(times[0]) < 10 or (time.perf_counter() < end and len(times[0]) < 1000):
-            for model, measured in zip(models, times, strict=True):
-                measured.append(_one_pass(model, inputs))
+            for run, measured in zip(passes, times, strict=True):
+                measured.append(_seconds(run))
     return [_summary(measured) for measured in times]
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Lets torch use one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -72,14 +91,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _one_pass(model: nn.Module, inputs: Any) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     """Returns the seconds of one forward pass."""
-    with evaluating(model):
-        _wait()
-        start = time.perf_counter()
-        forward(model, inputs)
-        _wait()
-        return time.perf_counter() - start
+    _wait()
+    start = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - start
 
 
 def _wait() -> None:
@@ -100,3 +118,16 @@ def conditions(model: nn.Module) -> str:
     else:
         device = f"{platform.machine()} CPU, 1 thread"
     return f"{device}, torch {torch.__version__}"
+
+
+def widths(model: nn.Module) -> tuple[int, ...]:
+    """Returns the number of outputs of every convolution and linear layer.
+
+    Kernels compute them in blocks, so that a number between two multiples takes the time of the
+    larger one.
+    """
+    return tuple(
+        module.weight.shape[0]
+        for module in model.modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+    )

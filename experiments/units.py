@@ -37,6 +37,22 @@ def parse_flops(text: str) -> float | int:
     return macs
 
 
+def parse_accuracy(text: str) -> float:
+    """Returns an accuracy as a fraction: of `90%` or `0.9`.
+
+    Raises:
+        ValueError: If `text` is neither, or lies outside [0, 1].
+    """
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise ValueError(f"an accuracy is a fraction such as 0.9, or 90%, but got {text!r}.")
+    return value
+
+
 def format_count(count: float) -> str:
     """Returns a count in three to four significant digits with k, M or G, such as `62.7 M`."""
     for suffix in ("G", "M", "k"):

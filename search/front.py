@@ -86,6 +86,29 @@ class ParetoFront:
         objective = self.objectives[0]
         return min(fitting, key=lambda record: _flip(objective, _metrics(record)[objective.name]))
 
+    def smallest(self, min_accuracy: float) -> Record:
+        """Returns the record of the front with the fewest MACs that is accurate enough.
+
+        Args:
+            min_accuracy: Least accuracy on the search split, a fraction.
+
+        Raises:
+            ValueError: If there is no such record, or accuracy was not measured.
+        """
+        if not self.records:
+            raise ValueError("the front is empty: no trial has completed.")
+        accuracies = [_metrics(record).get("accuracy") for record in self.records]
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        if not known:
+            raise ValueError("the search measured no accuracy; choose by FLOPs or trial.")
+        for record, accuracy in reversed([*zip(self.records, accuracies, strict=True)]):
+            if accuracy is not None and accuracy >= min_accuracy:
+                return record
+        raise ValueError(
+            f"no record of the front has an accuracy of {min_accuracy:.2%} on the search split; "
+            f"the best has {max(known):.2%}."
+        )
+
 
 def _flip(objective: Objective, value: float) -> float:
     """Returns `value` such that smaller is better."""

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnxruntime
 import pytest
+import torch
 
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.data import load_data
@@ -158,12 +160,37 @@ def test_a_smaller_one_is_exported_on_request(at_job: Job) -> None:
     assert plan["metrics"]["macs"] <= 0.44 * at_job.info.dense.macs
 
 
+def test_the_smallest_that_is_accurate_enough_is_exported_to_onnx_and_pt2(
+    at_job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = at_job.info.front.best()
+    assert isinstance(best.outcome, Completed)
+    wanted = ["--min-accuracy", f"{best.outcome.metrics['accuracy'] - 0.05:.3f}"]
+    formats = ["--format", "safetensors,onnx,pt2"]
+    assert main(["export", at_job.run, "--to", "both", "--quiet", *wanted, *formats]) == 0
+    said = capsys.readouterr().out
+    assert "onnx     " in said
+    assert "pt2      " in said
+    network = load("both")
+    data = load_data("digits", seed=0)
+    assert data.test is not None
+    inputs, _ = next(iter(data.test()))
+    expected = network(inputs)
+    program = torch.export.load("both/model.pt2").module()
+    torch.testing.assert_close(program(inputs), expected)
+    session = onnxruntime.InferenceSession("both/model.onnx")
+    (outputs,) = session.run(None, {"inputs": inputs.numpy()})
+    torch.testing.assert_close(torch.from_numpy(outputs), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--max-flops", "1%"], "the smallest has"),
         (["--trial", "99"], f"trials 0 to {TRIALS - 1}"),
-        (["--trial", "0", "--max-flops", "50%"], "not both"),
+        (["--trial", "0", "--max-flops", "50%"], "give one of"),
+        (["--trial", "0", "--min-accuracy", "0.5"], "give one of"),
+        (["--min-accuracy", "101%"], "but got '101%'"),
         (["--max-flops", "half"], "but got 'half'"),
     ],
 )

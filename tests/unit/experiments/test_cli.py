@@ -124,8 +124,8 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         "exists already",
     ),
     "exporting in an unknown format": (
-        ["export", "taken", "--to", "x", "--format", "onnx"],
-        "available: safetensors",
+        ["export", "taken", "--to", "x", "--format", "gguf"],
+        "available: safetensors, onnx, pt2",
     ),
     "inspecting what is nothing": (["inspect", "nix"], "unknown recipe 'nix'"),
     "showing a run that MLflow does not have": (["ui", "taken"], "paretoprune resume taken"),

@@ -14,7 +14,8 @@ from torch import nn
 from paretoprune.experiments import export as exporting
 from paretoprune.experiments.card import verdict
 from paretoprune.experiments.counting import thop_macs
-from paretoprune.experiments.export import check_formats, export
+from paretoprune.experiments.export import export
+from paretoprune.experiments.formats import FORMATS, ExportFailed
 from paretoprune.experiments.latency import Latency, measure_latency
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.search import Candidate, Completed, Failed, Problem, Record
@@ -82,6 +83,7 @@ def test_the_card_states_what_was_measured(
     assert f"| loss, search split | {done.dense.search['loss']:.4f} |" in card
     assert f"{100 * record.outcome.metrics['accuracy']:.2f} %" in card
     assert "accuracy, test split" in card
+    assert "The test split, 32 examples that the search did not use" in card
     assert "Trial 3 of run `first`, found by the search" in card
     assert "removed: layer3.1" in card
     assert "equal to the counts above" in card
@@ -91,6 +93,38 @@ def test_the_card_states_what_was_measured(
     assert "outputs equal" in verdict(done.directory, done.dense, done.small)
     size = (tmp_path / "small" / "model.safetensors").stat().st_size
     assert abs(size - done.small.file_bytes) <= 64
+
+
+def test_another_format_is_on_the_card_and_in_the_plan(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    done = export(problem, record, tmp_path / "small", formats=["pt2"])
+    (one,) = done.written
+    model = torch.export.load(tmp_path / "small" / "model.pt2").module()
+    inputs = problem.validation[0][0]  # type: ignore[index]
+    torch.testing.assert_close(model(inputs), done.model(inputs))
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f"| `model.pt2` | file size | {one.file_bytes[0] / 1e6:.2f} MB |" in card
+    assert "on 32 examples of the search split" in card
+    assert 'torch.export.load("model.pt2")' in card
+    plan = json.loads((tmp_path / "small" / "plan.json").read_text())
+    assert plan["metrics"]["formats"]["pt2"]["file_bytes"] == one.file_bytes[1]
+    assert f"on {one.examples} real inputs" in verdict(
+        done.directory, done.dense, done.small, done.written
+    )
+
+
+def test_a_format_that_cannot_hold_the_network_leaves_nothing(
+    problem: Problem, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(program: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setitem(FORMATS, "pt2", replace(FORMATS["pt2"], write=broken))
+    with pytest.raises(ExportFailed, match="no space left on device"):
+        export(problem, record, tmp_path / "small", formats=["pt2"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_of_unknown_origin_needs_its_function(
@@ -145,6 +179,29 @@ def test_a_failed_trial_has_no_network(problem: Problem, record: Record, tmp_pat
         export(problem, failed, tmp_path / "small")
 
 
+def test_latency_counts_as_better_beyond_the_spread_alone() -> None:
+    dense = Latency(10, 1, 10)
+    assert Latency(7.9, 1, 10).improves_on(dense)
+    assert not Latency(8.1, 1, 10).improves_on(dense)
+    assert not Latency(12, 0, 10).improves_on(dense)
+
+
+def test_latency_that_does_not_improve_is_said_with_a_hint(
+    problem: Problem, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    equal = [Latency(1, 0.1, 10)] * 2
+    monkeypatch.setattr(exporting, "measure_latency", lambda models, inputs: equal)
+    done = export(problem, record, tmp_path / "small")
+    said = verdict(done.directory, done.dense, done.small)
+    assert "Not faster than the dense network, beyond the spread, in: torch." in said
+    assert "2 of the 12 layers have no multiple of 8" in said  # 3 channels, 10 classes
+    assert "Not faster" in (tmp_path / "small" / "README.md").read_text()
+    quick = [Latency(1, 0.1, 10), Latency(0.5, 0.1, 10)]
+    monkeypatch.setattr(exporting, "measure_latency", lambda models, inputs: quick)
+    done = export(problem, record, tmp_path / "quick")
+    assert "Not faster" not in verdict(done.directory, done.dense, done.small)
+
+
 def test_the_problem_is_left_as_it_was(problem: Problem, record: Record, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in problem.model.state_dict().items()}
     problem.model.train()
@@ -155,12 +212,6 @@ def test_the_problem_is_left_as_it_was(problem: Problem, record: Record, tmp_pat
         problem.model.eval()
     for name, value in problem.model.state_dict().items():
         assert torch.equal(value, before[name])
-
-
-def test_formats_that_are_not_there_are_answered_with_those_that_are() -> None:
-    check_formats("safetensors")
-    with pytest.raises(ValueError, match="'onnx'; available: safetensors"):
-        check_formats("safetensors,onnx")
 
 
 def test_thop_agrees_and_leaves_the_model_alone(problem: Problem) -> None:

@@ -10,6 +10,7 @@ from paretoprune.experiments.units import (
     format_count,
     format_percent,
     format_target,
+    parse_accuracy,
     parse_flops,
 )
 
@@ -47,6 +48,17 @@ def test_macs_survive_being_written(macs: int) -> None:
 def test_a_bare_small_number_is_told_to_take_a_percent_sign() -> None:
     with pytest.raises(ValueError, match="50%"):
         parse_flops("50")
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.9", 0.9), ("90%", 0.9), ("1", 1), (" 0% ", 0)])
+def test_accuracies_are_fractions_or_percentages(text: str, value: float) -> None:
+    assert parse_accuracy(text) == value
+
+
+@pytest.mark.parametrize("text", ["90", "101%", "-0.1", "most", "nan", "%", ""])
+def test_other_accuracies_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"such as 0\.9, or 90%, but got"):
+        parse_accuracy(text)
 
 
 def test_numbers_for_people() -> None:

@@ -147,3 +147,23 @@ def test_best_is_best_in_the_first_objective_within_the_macs() -> None:
         front.best(9)
     with pytest.raises(ValueError, match="no trial has completed"):
         ParetoFront.of([], (LOSS, MACS)).best()
+
+
+def test_the_smallest_has_the_fewest_macs_among_the_accurate() -> None:
+    front = ParetoFront.of(
+        [
+            record(0, loss=0.9, macs=10, accuracy=0.5),
+            record(1, loss=0.5, macs=50, accuracy=0.8),
+            record(2, loss=0.1, macs=90, accuracy=0.9),
+        ],
+        (LOSS, MACS),
+    )
+    assert front.smallest(0.9).number == 2
+    assert front.smallest(0.6).number == 1
+    assert front.smallest(0).number == 0
+    with pytest.raises(ValueError, match=r"accuracy of 95\.00% .* the best has 90\.00%"):
+        front.smallest(0.95)
+    with pytest.raises(ValueError, match="measured no accuracy"):
+        ParetoFront.of([record(0, loss=0.9, macs=10)], (LOSS, MACS)).smallest(0.5)
+    with pytest.raises(ValueError, match="no trial has completed"):
+        ParetoFront.of([], (LOSS, MACS)).smallest(0.5)
