@@ -206,11 +206,17 @@ def _formats(written: Sequence[Written]) -> list[str]:
         rows.append(f"| | latency | {before} | {after} | {ratio} |")
     compared = [
         f"`{one.file}` ({one.runtime}): on {one.examples} examples of the search split, and on "
-        f"one alone, its outputs differ from the network's by at most {one.difference:.1e}."
+        f"one alone, its outputs {_equal(one)} the network's."
         for one in written
     ]
     about = "Written with free batch size, dense and pruned alike, and timed as above."
     return ["\n".join(rows), about, *compared]
+
+
+def _equal(one: Written) -> str:
+    if one.difference == 0:
+        return "equal"
+    return f"differ by at most {one.difference:.1e} from"
 
 
 def _running(written: Sequence[Written]) -> list[str]:
@@ -283,8 +289,8 @@ def verdict(
             )
     lines.append(f"latency  {small.latency} (dense {dense.latency})")
     lines += [
-        f"{one.name:<8} {one.latency[1]} (dense {one.latency[0]}); {one.runtime}; outputs equal "
-        f"within {one.difference:.1e} on {one.examples} real inputs"
+        f"{one.name:<8} {one.latency[1]} (dense {one.latency[0]}); {one.runtime}; outputs "
+        f"{_equal(one)} the network's on {one.examples} real inputs"
         for one in written
     ]
     slow = not_faster(dense, small, written)

@@ -12,17 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paretoprune.search.problem import Direction, Objective
 from paretoprune.search.record import Completed, Record
+from paretoprune.search.show import draw, html_table, metrics_of, values_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 Points = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParetoFront:
     """The completed records that no other completed record dominates.
 
@@ -47,7 +53,7 @@ class ParetoFront:
         front = [
             completed[i] for i in np.flatnonzero(non_dominated(points)) if i in first.values()
         ]
-        front.sort(key=lambda record: (-_metrics(record)["macs"], record.number))
+        front.sort(key=lambda record: (-metrics_of(record)["macs"], record.number))
         return ParetoFront(tuple(front), tuple(objectives))
 
     @property
@@ -75,16 +81,18 @@ class ParetoFront:
         fitting = [
             record
             for record in self.records
-            if max_macs is None or _metrics(record)["macs"] <= max_macs
+            if max_macs is None or metrics_of(record)["macs"] <= max_macs
         ]
         if not fitting:
-            smallest = int(_metrics(self.records[-1])["macs"])
+            smallest = int(metrics_of(self.records[-1])["macs"])
             raise ValueError(
                 f"no record of the front has at most {max_macs:,} MACs; the smallest has "
                 f"{smallest:,}."
             )
         objective = self.objectives[0]
-        return min(fitting, key=lambda record: _flip(objective, _metrics(record)[objective.name]))
+        return min(
+            fitting, key=lambda record: _flip(objective, metrics_of(record)[objective.name])
+        )
 
     def smallest(self, min_accuracy: float) -> Record:
         """Returns the record of the front with the fewest MACs that is accurate enough.
@@ -97,7 +105,7 @@ class ParetoFront:
         """
         if not self.records:
             raise ValueError("the front is empty: no trial has completed.")
-        accuracies = [_metrics(record).get("accuracy") for record in self.records]
+        accuracies = [metrics_of(record).get("accuracy") for record in self.records]
         known = [accuracy for accuracy in accuracies if accuracy is not None]
         if not known:
             raise ValueError("the search measured no accuracy; choose by FLOPs or trial.")
@@ -109,22 +117,40 @@ class ParetoFront:
             f"the best has {max(known):.2%}."
         )
 
+    def to_dataframe(self) -> DataFrame:
+        """Returns a row per record, MACs falling: its trial, decisions and metrics."""
+        from pandas import DataFrame
+
+        return DataFrame([values_of(record) for record in self.records])
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draws the front over MACs: accuracy if it was measured, else the first objective.
+
+        Args:
+            axes: Where to draw; None takes a new figure of pyplot, which notebooks show.
+        """
+        return draw(self.records, self.objectives[0], axes)
+
+    def __repr__(self) -> str:
+        """Returns one line; that of every plan would fill pages."""
+        if not self.records:
+            return "<ParetoFront: no records>"
+        most, least = (int(metrics_of(self.records[at])["macs"]) for at in (0, -1))
+        return f"<ParetoFront: {len(self.records)} records, {least:,} to {most:,} MACs>"
+
+    def _repr_html_(self) -> str:
+        """Returns the front as a table, for notebooks."""
+        return html_table([values_of(record) for record in self.records])
+
 
 def _flip(objective: Objective, value: float) -> float:
     """Returns `value` such that smaller is better."""
     return value if objective.direction is Direction.MINIMIZE else -value
 
 
-def _metrics(record: Record) -> dict[str, float]:
-    """Returns the metrics of a completed record."""
-    if not isinstance(record.outcome, Completed):
-        raise TypeError(f"trial {record.number} has no metrics: {record.outcome}.")
-    return dict(record.outcome.metrics)
-
-
 def _points(records: Sequence[Record], objectives: Sequence[Objective]) -> Points:
     """Returns what each record reached in each objective, smaller better."""
-    rows = [[_flip(o, _metrics(record)[o.name]) for o in objectives] for record in records]
+    rows = [[_flip(o, metrics_of(record)[o.name]) for o in objectives] for record in records]
     return np.array(rows, dtype=np.float64).reshape(len(records), len(objectives))
 
 

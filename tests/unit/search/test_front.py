@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from paretoprune.search import (
@@ -167,3 +171,72 @@ def test_the_smallest_has_the_fewest_macs_among_the_accurate() -> None:
         ParetoFront.of([record(0, loss=0.9, macs=10)], (LOSS, MACS)).smallest(0.5)
     with pytest.raises(ValueError, match="no trial has completed"):
         ParetoFront.of([], (LOSS, MACS)).smallest(0.5)
+
+
+def shown_front() -> ParetoFront:
+    """Two records with accuracy, MACs falling: 1 and 0."""
+    records = [
+        record(0, loss=0.9, macs=10, params=5, accuracy=0.5),
+        record(1, loss=0.1, macs=9000, params=7, accuracy=0.875),
+    ]
+    return ParetoFront.of(records, (LOSS, MACS))
+
+
+def test_a_data_frame_has_a_row_per_record() -> None:
+    frame = shown_front().to_dataframe()
+    assert frame["trial"].tolist() == [1, 0]
+    assert frame["macs"].tolist() == [9000, 10]
+    assert frame["macs"].dtype.kind == frame["params"].dtype.kind == "i"
+    assert frame["accuracy"].tolist() == [0.875, 0.5]
+    assert frame["criterion"].tolist() == ["l2", "l2"]
+    assert ParetoFront.of([], (LOSS, MACS)).to_dataframe().empty
+
+
+def test_notebooks_show_a_table() -> None:
+    text = shown_front()._repr_html_()
+    (table,) = ElementTree.fromstring(f"<div>{text}</div>")
+    head, *rows = ([cell.text for cell in row] for row in table.iter("tr"))
+    assert head[:5] == ["trial", "macs", "params", "loss", "accuracy"]
+    assert [row[:5] for row in rows] == [
+        ["1", "9,000", "7", "0.1000", "0.8750"],
+        ["0", "10", "5", "0.9000", "0.5000"],
+    ]
+    assert "no trial has completed" in ParetoFront.of([], (LOSS, MACS))._repr_html_()
+
+
+def test_names_of_others_are_text_in_the_table() -> None:
+    evil = replace(record(0, loss=0.1, macs=1), candidate=Candidate("<script>", 1.0))
+    text = ParetoFront.of([evil], (LOSS, MACS))._repr_html_()
+    assert "&lt;script&gt;" in text
+    assert "<script>" not in text
+
+
+def test_one_line_says_how_large_the_front_is() -> None:
+    assert repr(shown_front()) == "<ParetoFront: 2 records, 10 to 9,000 MACs>"
+    assert repr(ParetoFront.of([], (LOSS, MACS))) == "<ParetoFront: no records>"
+
+
+def test_the_plot_has_every_record_and_its_line_never_falls() -> None:
+    records = [
+        record(0, loss=0.9, macs=10, accuracy=0.5),
+        record(1, loss=0.8, macs=20, accuracy=0.4),
+        record(2, loss=0.1, macs=90, accuracy=0.9),
+    ]
+    front = ParetoFront.of(records, (LOSS, MACS))
+    axes = front.plot()
+    line, points = axes.lines
+    assert np.array_equal(line.get_xydata(), [[10, 0.5], [20, 0.5], [90, 0.9]])
+    assert np.array_equal(points.get_xydata(), [[10, 0.5], [20, 0.4], [90, 0.9]])
+    assert {text.get_text() for text in axes.texts} == {"0", "1", "2"}
+    assert front.plot(axes) is axes
+    pyplot.close("all")
+
+
+def test_the_plot_shows_the_first_objective_where_there_is_no_accuracy() -> None:
+    axes = Figure().add_subplot()
+    records = [record(0, loss=0.9, macs=10), record(1, loss=0.2, macs=20)]
+    ParetoFront.of(records, (LOSS, MACS)).plot(axes)
+    assert np.array_equal(axes.lines[0].get_xydata(), [[10, 0.9], [20, 0.2]])
+    assert axes.get_ylabel() == "loss, search split"
+    assert not pyplot.get_fignums(), "given axes need no pyplot"
+    ParetoFront.of([], (LOSS, MACS)).plot(axes)
