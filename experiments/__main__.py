@@ -198,7 +198,7 @@ def export(
             "--format",
             metavar="A,B",
             help="onnx and pt2 (torch.export) are written beside safetensors; each is compared "
-            "with the network on real inputs.",
+            "with the network on real inputs. onnx needs the package's extra of that name.",
         ),
     ] = "safetensors",
     runs_dir: RunsDir = RUNS,
