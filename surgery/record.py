@@ -120,12 +120,13 @@ class Recorded(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the module would."""
         leaves = pytree.tree_leaves((args, kwargs))
-        rows = next(len(leaf) for leaf in leaves if _has_rows(leaf))
+        # Not len: an export of the pruned network may make it symbolic.
+        rows = next(leaf.shape[0] for leaf in leaves if _has_rows(leaf))
         names = self.recording.inputs
         values: Values = {n: v for n, v in zip(names, leaves, strict=True) if n is not None}
 
         def scaled(size: int) -> int:
-            return size * rows // self.recording.batch
+            return int(size) * rows // self.recording.batch
 
         for step in self.recording.steps:
             if step.kind == "parameter":

@@ -20,7 +20,10 @@ from paretoprune.experiments.runs import RunSpec, create_run
 from paretoprune.experiments.saved_view import front_link, view_link
 from paretoprune.experiments.server import tracked
 
-COMMANDS = ("inspect", "search", "resume", "front", "ui", "export", "criteria")
+COMMANDS = (
+    "inspect", "search", "resume", "front", "ui", "export", "criteria", "compare", "bottlenecks",
+    "recede",
+)  # fmt: skip
 MODULE = """
 import torch
 from torch import nn
