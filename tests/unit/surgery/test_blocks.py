@@ -21,13 +21,13 @@ from tests.unit.surgery.specimen import settle
 small_settings: dict[str, Any] = {"num_classes": 7}
 
 
-def efficientnet() -> nn.Module:
+def efficientnet() -> Any:
     config = functools.partial(tv.efficientnet.MBConvConfig, width_mult=1.0, depth_mult=1.0)
     stages = [config(1, 3, 1, 8, 8, 2), config(4, 5, 2, 8, 12, 2)]
     return tv.EfficientNet(stages, 0.2, last_channel=16, **small_settings)
 
 
-def efficientnet_v2() -> nn.Module:
+def efficientnet_v2() -> Any:
     stages = [
         tv.efficientnet.FusedMBConvConfig(2, 3, 1, 8, 8, 2),
         tv.efficientnet.MBConvConfig(4, 3, 2, 8, 12, 2),
@@ -35,13 +35,13 @@ def efficientnet_v2() -> nn.Module:
     return tv.EfficientNet(stages, 0.2, last_channel=16, **small_settings)
 
 
-def mobilenet_v2() -> nn.Module:
+def mobilenet_v2() -> Any:
     return tv.MobileNetV2(
         inverted_residual_setting=[[1, 8, 1, 1], [4, 8, 2, 2], [4, 16, 2, 1]], **small_settings
     )
 
 
-def mobilenet_v3() -> nn.Module:
+def mobilenet_v3() -> Any:
     stages = [
         InvertedResidualConfig(16, 3, 16, 16, True, "RE", 1, 1, 1.0),
         InvertedResidualConfig(16, 5, 24, 16, False, "HS", 1, 1, 1.0),
@@ -49,7 +49,7 @@ def mobilenet_v3() -> nn.Module:
     return tv.MobileNetV3(stages, 24, **small_settings)
 
 
-def regnet() -> nn.Module:
+def regnet() -> Any:
     return tv.RegNet(
         tv.regnet.BlockParams([2, 2], [8, 16], [4, 8], [1.0, 1.0], [2, 2], 0.25),
         stem_width=8,
@@ -57,12 +57,12 @@ def regnet() -> nn.Module:
     )
 
 
-def convnext() -> nn.Module:
+def convnext() -> Any:
     stages = [CNBlockConfig(8, 12, 2), CNBlockConfig(12, None, 1)]
     return tv.ConvNeXt(stages, 0.1, **small_settings)
 
 
-def swin(block: Any) -> nn.Module:
+def swin(block: Any) -> Any:
     return tv.SwinTransformer(
         [2, 2], 8, [2, 2], [2, 4], [2, 2], stochastic_depth_prob=0.1, block=block, **small_settings
     )
@@ -94,11 +94,11 @@ class Tower(nn.Module):
         return self.head(x)
 
 
-def resnet(block: Any) -> nn.Module:
+def resnet(block: Any) -> Any:
     return tv.ResNet(block, [2, 2, 1, 1], **small_settings)
 
 
-def vit() -> nn.Module:
+def vit() -> Any:
     return tv.VisionTransformer(16, 4, 2, 2, 16, 24, **small_settings)
 
 

@@ -74,7 +74,7 @@ def test_the_dense_network_is_untouched_and_the_pruned_one_trains(
     description: Description, data: Any
 ) -> None:
     graph = traced(description)[1]
-    model = copy.deepcopy(traced(description)[0]).train()
+    model: Any = copy.deepcopy(traced(description)[0]).train()
     loss(model(images(4))).backward()
     model.head.register_forward_hook(lambda *_: None)
     before = state(model)

@@ -206,11 +206,11 @@ def test_a_network_that_was_pruned_again_and_fine_tuned_comes_back(
 ) -> None:
     model, graph = traced(name)
     inputs = ZOO[name].inputs(4)
-    first = PruningPlan({g.name: range(1, g.size) for g in graph.open_groups if g.size > 2})
+    first = PruningPlan({g.name: tuple(range(1, g.size)) for g in graph.open_groups if g.size > 2})
     small = prune(model, graph, first)
     again = trace(small, inputs)
     second = PruningPlan(
-        {g.name: range(g.size - 1) for g in again.open_groups if g.name in first.kept}
+        {g.name: tuple(range(g.size - 1)) for g in again.open_groups if g.name in first.kept}
     )
     assert second.kept
     smaller = prune(small, again, second).train()

@@ -6,6 +6,7 @@ residual block names in `last` the layers that end its branches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -215,20 +216,20 @@ class Mlp(nn.Sequential):
         super().__init__(nn.Linear(WIDTH, 11), nn.GELU(), nn.Linear(11, WIDTH))
 
 
-IMAGE_PIECES = {
+IMAGE_PIECES: dict[str, Callable[[], nn.Module]] = {
     piece.__name__: piece
     for piece in (
         Convolution, Bottleneck, PreActivation, Inverted, ConvNeXt, Concatenated, Gated, Partial,
         Shuffled, DownAndUp, Branches, Pixels, CalledTwice,
     )
 }  # fmt: skip
-NORMS = {
+NORMS: dict[str, Callable[[], nn.Module]] = {
     "LayerNorm": lambda: nn.LayerNorm(WIDTH),
     "RMSNorm": lambda: nn.RMSNorm(WIDTH),
     "WrittenNorm": lambda: zoo_norms.WrittenNorm(WIDTH),
     "WrittenRMSNorm": lambda: zoo_norms.WrittenRMSNorm(WIDTH),
 }
-TOKEN_PIECES = {
+TOKEN_PIECES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "Mlp": (Mlp, ("2",)),
     "SwiGLU": (zoo_attention.Llama.Gated, ("w2",)),
     "Derived": (zoo_attention.Derived, ("project",)),
