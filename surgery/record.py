@@ -126,7 +126,7 @@ class Recorded(nn.Module):
         values: Values = {n: v for n, v in zip(names, leaves, strict=True) if n is not None}
 
         def scaled(size: int) -> int:
-            return int(size) * rows // self.recording.batch
+            return int(size) * rows // self.recording.batch  # type: ignore[no-any-return]
 
         for step in self.recording.steps:
             if step.kind == "parameter":
