@@ -156,6 +156,7 @@ def splitting(tracer: Tracer, node: Node) -> Result:
         for part in parts[1:]:
             tracer.unions.unify(parts[0], part, "is split with fixed channels")
         parts = (parts[0],) * len(parts)
+        tracer.number(node, source.shape[dim], source, dim)  # the code may say half of the whole
     elif node.operator == "chunk":  # the code gives a count, which makes other boundaries
         source = tracer.freeze(source, "is split into unequal parts")
         return tuple(Labels(source.ids, shape) for shape in shapes)
