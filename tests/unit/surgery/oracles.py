@@ -143,6 +143,26 @@ def plans(graph: PruningGraph) -> st.SearchStrategy[PruningPlan]:
     return st.builds(lambda kept, removed: PruningPlan(kept, tuple(removed)), kept, removed)
 
 
+def carried_over(graph: PruningGraph, first: PruningPlan, again: PruningGraph) -> set[str]:
+    """Returns the groups that are the same ones in a pruned network as in the dense one.
+
+    Others may be: a depthwise convolution of one channel is a plain one, and parts of unequal size
+    that become equal are coupled from then on.
+    """
+
+    def places(group: PrunableGroup) -> set[tuple[str, int, int]]:
+        return {(item.parameter, item.axis, len(item.indices[0])) for item in group.slices}
+
+    return {
+        group.name
+        for group in again.open_groups
+        if (dense := graph.groups.get(group.name)) is not None
+        and dense.frozen is None
+        and group.size == len(first.kept.get(group.name, range(dense.size)))
+        and places(group) <= places(dense)
+    }
+
+
 def half(graph: PruningGraph) -> PruningPlan:
     """Returns the plan that keeps every second unit."""
     return PruningPlan({g.name: tuple(range(0, g.size, 2)) for g in graph.open_groups})

@@ -13,6 +13,7 @@ from torch import nn
 
 from paretoprune.surgery import PruningGraph, PruningPlan, prune, trace
 from tests.unit.surgery.oracles import (
+    carried_over,
     counted,
     difference,
     loss,
@@ -97,13 +98,9 @@ def test_pruning_twice_is_pruning_once_by_the_joined_plan(
     small = prune(model, graph, first)
     again = trace(small, images(2))
     assert again.cost() == graph.cost(first)
-    left = {
-        group.name: len(first.kept.get(group.name, range(group.size)))
-        for group in graph.open_groups
-    }
+    same_groups = carried_over(graph, first, again)
     drawn = data.draw(plans(again))
-    # Of one unit, a group freezes, and a depthwise convolution couples nothing any more.
-    kept = {name: k for name, k in drawn.kept.items() if left.get(name) == again.groups[name].size}
+    kept = {name: units for name, units in drawn.kept.items() if name in same_groups}
     # Behind a removed block, another may turn out to be one: its input is non-negative now.
     second = PruningPlan(kept, tuple(set(drawn.removed) & set(graph.blocks)))
     twice, once = prune(small, again, second), prune(model, graph, first.then(second))

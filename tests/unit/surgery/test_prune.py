@@ -16,6 +16,7 @@ from paretoprune.surgery.execute import Execution
 from paretoprune.surgery.prune import masked_tensors
 from tests.unit.surgery.oracles import (
     call,
+    carried_over,
     counted,
     difference,
     half,
@@ -109,18 +110,13 @@ def test_pruning_twice_is_pruning_once_by_the_joined_plan(name: str, data: Any) 
     small = prune(model, graph, first)
     inputs = ZOO[name].inputs()
     again = trace(small, inputs)
-    left = {
-        group.name: len(first.kept.get(group.name, range(group.size)))
-        for group in graph.groups.values()
-    }
-    # A depthwise convolution of one channel is a plain one: such groups are others from then on.
-    kept = {g.name for g in again.open_groups if left.get(g.name) == g.size}
+    kept = carried_over(graph, first, again)
     drawn = data.draw(plans(again))
     second = PruningPlan({n: u for n, u in drawn.kept.items() if n in kept}, drawn.removed)
     twice, once = prune(small, again, second), prune(model, graph, first.then(second))
-    assert repr(twice) == repr(once)
-    for a, b in zip(outputs(twice, inputs), outputs(once, inputs), strict=True):
-        assert torch.equal(a, b)
+    # Not the modules' types: the smaller network may need a recording where the larger did not.
+    assert same(dict(twice.named_parameters()), dict(once.named_parameters()))
+    assert difference(outputs(once, inputs), outputs(twice, inputs)) < 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].blocks])
