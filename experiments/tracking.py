@@ -270,6 +270,20 @@ def _now() -> int:
     return round(1000 * time.time())
 
 
+@contextmanager
+def _tracking_to(uri: str) -> Iterator[None]:
+    """Sets MLflow's own tracking URI, which it also writes into the environment, for a while."""
+    import mlflow
+
+    known: bool = mlflow.is_tracking_uri_set()  # type: ignore[no-untyped-call]
+    before = mlflow.get_tracking_uri() if known else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None unsets it
+
+
 def register_export(place: ExportPlace, directory: Path, model: nn.Module, example: Tensor) -> str:
     """Puts an export on its trial's run and registers the network as a model that loads.
 
@@ -297,9 +311,8 @@ def register_export(place: ExportPlace, directory: Path, model: nn.Module, examp
         raise LookupError(f"there is no run of trial {place.trial}")
     run_id = found[0].info.run_id
     client.log_artifacts(run_id, str(directory), "export")
-    mlflow.set_tracking_uri(place.uri)
     name = place.name.replace(":", "-").replace("/", "-")  # MLflow's own separators
-    with mlflow.start_run(run_id=run_id), _silenced():
+    with _tracking_to(place.uri), mlflow.start_run(run_id=run_id), _silenced():
         logged = mlflow.pytorch.log_model(
             model,
             name="exported",

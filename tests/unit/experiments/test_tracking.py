@@ -20,7 +20,7 @@ from paretoprune.experiments.runs import RunSpec, create_run
 from paretoprune.experiments.saved_view import view_tag
 from paretoprune.experiments.store import ExportPlace, Store, store_of
 from paretoprune.experiments.tracker import MlflowListener
-from paretoprune.experiments.tracking import connect, register_export
+from paretoprune.experiments.tracking import _tracking_to, connect, register_export
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import ParetoFront, Record, SearchInfo
 
@@ -292,7 +292,9 @@ def test_an_export_becomes_a_model_that_loads(folder: Path, view: SearchView) ->
     place = ExportPlace(store.uri, parent.info.experiment_id, SPEC.id, 3, "made:up")
     uri = register_export(place, export, model, torch.zeros(2, 4))
     assert uri == "models:/made-up@exported"
-    loaded = mlflow.pytorch.load_model(uri)
+    assert store_of(folder.parent) == store  # MLflow's own setting is as it was
+    with _tracking_to(store.uri):
+        loaded = mlflow.pytorch.load_model(uri)
     inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32))
     torch.testing.assert_close(loaded(inputs), model(inputs), rtol=0, atol=0)
     files = [one.path for one in client.list_artifacts(children[3].info.run_id, "export")]

@@ -282,10 +282,10 @@ def test_what_is_fixed_is_not_decided(open_study: OpenStudy, sampler: str) -> No
         [{"share": 0.5, "budget": 1.0}], LIMIT, lambda number: {"budget": (1.0, 0.5)[number % 2]}
     )
     decided = []
-    for _ in range(40):
+    for _ in range(12):
         trial = study.ask()
         value = share(trial)
         decided.append(trial.suggester.suggest_categorical("budget", (1.0, 0.85, 0.5)))
         study.tell(record(trial, value))
-    assert decided == [(1.0, 0.5)[number % 2] for number in range(40)]
+    assert decided == [(1.0, 0.5)[number % 2] for number in range(12)]
     study.close()
