@@ -14,6 +14,7 @@ from paretoprune.surgery.copying import copied
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.record import Recorded
+from paretoprune.surgery.resize import padded_widths
 from paretoprune.surgery.skip import Skip
 
 
@@ -57,7 +58,7 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
             continue
         if any(parameter.startswith(f"{name}.") for parameter in touched):
             module = small.get_submodule(name)
-            _replace(small, name, Recorded(module, recording.resized(graph, mask)))
+            small.set_submodule(name, Recorded(module, recording.resized(graph, mask)))
     _forget_caches(small)
     return small
 
@@ -74,11 +75,6 @@ def _forget_caches(small: nn.Module) -> None:
             module.train(False)
             for inner, mode in modes:
                 inner.training = mode
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, module)
 
 
 def _inside(name: str, blocks: tuple[str, ...]) -> bool:
@@ -133,13 +129,7 @@ def _follow(
         if _inside(f"{name}.", plan.removed):
             continue
         pad: Any = small.get_submodule(name)
-        widths = list(pad.padding)
-        kept = mask[units]
-        index = 2 * dim  # `dim` counts from the last one
-        before, after = widths[index], widths[index + 1]
-        widths[index] = int(kept[:before].sum())
-        widths[index + 1] = int(kept[len(kept) - after :].sum())
-        pad.padding = tuple(widths)
+        pad.padding = tuple(padded_widths(pad.padding, dim, mask[units]))
 
 
 def _sequences(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -54,12 +55,23 @@ def _resized(graph: PruningGraph, node: Node, mask: Tensor) -> tuple[int, tuple[
             return 6, (int(node.args[6]) * int(mask[rows].sum()) // len(rows),)
     if operator in ("pad", "constant_pad_nd") and node.module in graph.pads:
         dim, units = graph.pads[node.module]
-        widths, kept_units = list(node.args[1]), mask[units]
-        before, after = widths[2 * dim], widths[2 * dim + 1]
-        widths[2 * dim] = int(kept_units[:before].sum())
-        widths[2 * dim + 1] = int(kept_units[len(kept_units) - after :].sum())
-        return 1, (type(node.args[1])(widths),)
+        return 1, (type(node.args[1])(padded_widths(node.args[1], dim, mask[units])),)
     return 0, None
+
+
+def padded_widths(widths: Sequence[int], dim: int, kept: Tensor) -> list[int]:
+    """Returns the widths of a padding that adds channels, some of which go.
+
+    Args:
+        widths: Of the dense network: before and after, for every dim from the last one on.
+        dim: The dim of the channels, counted from the last one.
+        kept: Whether each position of the padded value stays, bool, shape (channels,).
+    """
+    result = list(widths)
+    before, after = result[2 * dim], result[2 * dim + 1]
+    result[2 * dim] = int(kept[:before].sum())
+    result[2 * dim + 1] = int(kept[len(kept) - after :].sum())
+    return result
 
 
 def _shape(graph: PruningGraph, node: Node) -> Any:

@@ -223,7 +223,7 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
 def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Gives the dense network the export's tensors and layer attributes, in place."""
     for name in described["plan"]["removed"]:
-        _set_module(model, name, Skip())
+        model.set_submodule(name, Skip())
     for name, recording in described["recorded"].items():
         prefix = f"{name}.{CONSTANT}"
         constants = {
@@ -232,7 +232,7 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
             if key.startswith(prefix)
         }
         runner = Recorded(model.get_submodule(name), Recording.from_json(recording, constants))
-        _set_module(model, name, runner)
+        model.set_submodule(name, runner)
     layers = _sizes(model)
     odd = sorted(set(layers) ^ set(described["layers"]))
     if odd:
@@ -258,13 +258,6 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             PrunedMultiheadAttention.convert_unless_whole(module)
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    if not child:
-        raise LookupError(f"{name!r} is no name of a module")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _is_size(value: Any) -> bool:

@@ -25,9 +25,9 @@ from paretoprune.surgery.tracer import Tracer
 def trace(model: nn.Module, example_inputs: Any, *, exhaustive: bool = False) -> PruningGraph:
     """Returns the prunable groups, removable blocks and costs of a network.
 
-    The network is exported once and walked on channel labels. Then half the units of every group
-    are pruned and compared with the masked dense network, and likewise the blocks; what differs
-    is found by bisection and frozen. The model is left untouched.
+    The network is exported once and walked on channel labels. Then about half the units of every
+    group are pruned and compared with the masked dense network, and likewise the blocks; what
+    differs is narrowed down and frozen. The model is left untouched.
 
     Args:
         model: A module that `torch.export` accepts; random or trained.

@@ -42,19 +42,19 @@ Row = dict[str, Any]
 def main() -> None:
     """Runs the benchmark with the arguments of this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("library", choices=("torchvision", "timm"))
+    parser.add_argument("source", choices=("torchvision", "timm"))
     parser.add_argument("--only", default="", help="regular expression of model names")
     parser.add_argument("--seconds", type=float, default=300, help="limit per network")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    names = torchvision_names() if options.library == "torchvision" else timm_names()
+    names = torchvision_names() if options.source == "torchvision" else timm_names()
     names = [name for name in names if re.search(options.only, name)]
-    out = options.out or RESULTS / f"coverage-{options.library}.csv"
+    out = options.out or RESULTS / f"coverage-{options.source}.csv"
     with out.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [*FIELDS, *described()])
         writer.writeheader()
         for index, name in enumerate(names, 1):
-            row = in_own_process(f"{options.library}:{name}", options.seconds)
+            row = in_own_process(f"{options.source}:{name}", options.seconds)
             writer.writerow({**row, **described()})
             stream.flush()
             print(f"[{index}/{len(names)}]", *(f"{k}={v}" for k, v in row.items()), flush=True)
