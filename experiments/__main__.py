@@ -105,6 +105,31 @@ def search(
         str | None,
         typer.Option(help="A Ray cluster, such as ray://head:10001.", show_default="this machine"),
     ] = None,
+    gpus_per_trial: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GPUS",
+            help="GPUs of each evaluation; 0.25 lets four share one.",
+            show_default="up to four share one",
+        ),
+    ] = None,
+    trial_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Kill the worker of an evaluation that takes longer; the trial has failed.",
+            show_default="none",
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Keep the trials in a database, one for each search: "
+            "postgresql://user@host/name or sqlite:///file.",
+            show_default="the run's folder",
+        ),
+    ] = None,
     run: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Name of the run.", show_default="made from the model"),
@@ -116,7 +141,19 @@ def search(
     from paretoprune.experiments import commands
 
     options = commands.SearchOptions(
-        model, flops, data, weights, trials, criteria, sampler, seed, workers, address
+        model,
+        flops,
+        data,
+        weights,
+        trials,
+        criteria,
+        sampler,
+        seed,
+        workers,
+        address,
+        gpus_per_trial,
+        trial_timeout,
+        storage,
     )
     commands.search(options, run=run, runs_dir=runs_dir, quiet=quiet)
 

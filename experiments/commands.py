@@ -27,7 +27,7 @@ from paretoprune.experiments.tables import front_csv, front_json, front_table
 from paretoprune.experiments.tracker import MlflowListener
 from paretoprune.experiments.units import parse_flops
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import Problem, SearchInterrupted, checks, read_run
+from paretoprune.search import Problem, SearchInterrupted, StoreFailed, checks, read_run
 from paretoprune.search import search as run_search
 from paretoprune.surgery import trace
 
@@ -49,6 +49,9 @@ class SearchOptions:
     seed: int = 0
     workers: int | None = None
     address: str | None = None
+    gpus_per_trial: float | None = None
+    trial_timeout: float | None = None
+    storage: str | None = None
 
     def checked(self) -> RunSpec:
         """Returns the run that they describe.
@@ -62,7 +65,7 @@ class SearchOptions:
         checks.check_sampler(self.sampler)
         checks.check_count("--trials", self.trials, 1)
         checks.check_count("--seed", self.seed, 0)
-        checks.check_count("--workers", self.workers or 0, 0)
+        checks.check_workers(self.workers, self.gpus_per_trial, self.trial_timeout)
         return RunSpec(
             model=self.model,
             flops=parse_flops(self.flops),
@@ -74,6 +77,9 @@ class SearchOptions:
             seed=self.seed,
             workers=self.workers,
             address=self.address,
+            gpus_per_trial=self.gpus_per_trial,
+            trial_timeout=self.trial_timeout,
+            storage=self.storage,
         )
 
 
@@ -102,16 +108,16 @@ def search(options: SearchOptions, *, run: str | None, runs_dir: Path, quiet: bo
             _keep_dense(problem, folder)
         _search(problem, spec, folder, quiet)
     except BaseException:
-        if not _has_begun(folder):  # leave nothing half-made
+        if not _has_begun(folder, spec):  # leave nothing half-made
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return name
 
 
-def _has_begun(folder: Path) -> bool:
+def _has_begun(folder: Path, spec: RunSpec) -> bool:
     try:
-        read_run(folder)
-    except ValueError:
+        read_run(folder, spec.storage)
+    except (ValueError, StoreFailed):
         return False
     return True
 
@@ -170,19 +176,23 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool) -> None:
                 seed=spec.seed,
                 workers=spec.workers,
                 address=spec.address,
+                gpus_per_trial=spec.gpus_per_trial,
+                trial_timeout=spec.trial_timeout,
                 run_dir=folder,
+                storage=spec.storage,
                 saliency_dir=folder.parent / runs.SALIENCY_DIR,
                 listeners=(shown, tracked),
             )
     except SearchInterrupted:
-        done = len(view_of(folder).records)
+        view = view_of(folder, spec)
+        _print_front(view, folder)
         typer.echo(
-            f"interrupted after {done} of {spec.trials} trials, which are kept; continue with: "
-            f"paretoprune resume {_named(folder)}",
+            f"interrupted after {len(view.records)} of {spec.trials} trials, which are kept; "
+            f"continue with: paretoprune resume {_named(folder)}",
             err=True,
         )
         raise typer.Exit(130) from None
-    view = view_of(folder)
+    view = view_of(folder, spec)
     _print_front(view, folder)
     if not view.front_rows:
         raise typer.Exit(1)
@@ -196,8 +206,8 @@ def _named(folder: Path) -> str:
     return f"{folder.name}{other}"
 
 
-def view_of(folder: Path) -> SearchView:
-    return SearchView.of(read_run(folder))
+def view_of(folder: Path, spec: RunSpec) -> SearchView:
+    return SearchView.of(read_run(folder, spec.storage))
 
 
 def _print_front(view: SearchView, folder: Path) -> None:
@@ -216,8 +226,8 @@ def _print_front(view: SearchView, folder: Path) -> None:
 
 def front(name: str, form: str, *, runs_dir: Path) -> None:
     """Prints the front of a run."""
-    folder, _ = runs.load_run(runs_dir, name)
-    view = view_of(folder)
+    folder, spec = runs.load_run(runs_dir, name)
+    view = view_of(folder, spec)
     if form == "json":
         typer.echo(front_json(view.front_rows))
     elif form == "csv":

@@ -76,7 +76,7 @@ def export_run(
     beside = parse_formats(formats)
     check_destination(to)
     folder, spec = runs.load_run(runs_dir, name)
-    record = choice.of(view_of(folder))
+    record = choice.of(view_of(folder, spec))
     problem = problem_of(spec, quiet, folder)
     title = f"Exporting trial {record.number}"
     with long_step(progress_console(), title, quiet=quiet) as progress:

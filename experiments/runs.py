@@ -51,6 +51,9 @@ class RunSpec:
         seed: Seed of data splits and sampler.
         workers: Parallel evaluations; None lets the executor decide.
         address: Ray cluster; None runs locally.
+        gpus_per_trial: GPUs of each evaluation; None lets the executor decide.
+        trial_timeout: Seconds that an evaluation may take; None sets no limit.
+        storage: Database URL of the study; None takes a journal in the run's folder.
         libraries: Versions at the time of the search.
         id: Tells two runs of the same name apart where their trials are tracked.
     """
@@ -65,6 +68,9 @@ class RunSpec:
     seed: int = 0
     workers: int | None = None
     address: str | None = None
+    gpus_per_trial: float | None = None
+    trial_timeout: float | None = None
+    storage: str | None = None
     libraries: Mapping[str, str] = field(default_factory=library_versions)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 

@@ -2,13 +2,13 @@
 
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import SAMPLERS
-from paretoprune.search.errors import RunLocked, SearchInterrupted
+from paretoprune.search.errors import RunLocked, SearchInterrupted, StoreFailed
 from paretoprune.search.front import ParetoFront, hypervolume, non_dominated
 from paretoprune.search.listener import Listener, SearchInfo
 from paretoprune.search.loop import read_run, search
 from paretoprune.search.metrics import evaluate
 from paretoprune.search.problem import Batch, Direction, Objective, Problem
-from paretoprune.search.record import Completed, Failed, Infeasible, Outcome, Record
+from paretoprune.search.record import Completed, Failed, Failure, Infeasible, Outcome, Record
 from paretoprune.search.space import SearchSpace
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Completed",
     "Direction",
     "Failed",
+    "Failure",
     "Infeasible",
     "Listener",
     "Objective",
@@ -29,6 +30,7 @@ __all__ = [
     "SearchInfo",
     "SearchInterrupted",
     "SearchSpace",
+    "StoreFailed",
     "evaluate",
     "hypervolume",
     "non_dominated",

@@ -75,6 +75,37 @@ def check_address(address: str | None, workers: int | None) -> None:
     reach(address)
 
 
+def check_workers(
+    workers: int | None, gpus_per_trial: float | None, trial_timeout: float | None
+) -> None:
+    """Verifies what each evaluation may take of the workers.
+
+    Raises:
+        ValueError: If it is out of range, or there are no workers that it could apply to.
+    """
+    check_count("workers", 0 if workers is None else workers, 0)
+    if gpus_per_trial is not None:
+        whole = gpus_per_trial >= 1 and gpus_per_trial == int(gpus_per_trial)
+        if not (0 <= gpus_per_trial < 1 or whole):  # what Ray can give
+            raise ValueError(
+                f"gpus_per_trial is a fraction of a GPU below 1 or a whole number, but got "
+                f"{gpus_per_trial}."
+            )
+        if workers == 0:
+            raise ValueError(
+                f"gpus_per_trial is {gpus_per_trial:g}, but workers is 0: without Ray there are "
+                f"no shares of a GPU."
+            )
+    if trial_timeout is not None:
+        if not 0 < trial_timeout < float("inf"):
+            raise ValueError(f"trial_timeout is seconds above 0, but got {trial_timeout}.")
+        if workers == 0:
+            raise ValueError(
+                f"trial_timeout is {trial_timeout:g} s, but workers is 0: an evaluation in this "
+                f"process cannot be stopped; take one worker or more."
+            )
+
+
 def check_objectives(names: Sequence[str]) -> None:
     """Verifies the names of objectives.
 

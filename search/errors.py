@@ -12,6 +12,10 @@ class RunLocked(RuntimeError):
     """Another process is writing to the same run."""
 
 
+class StoreFailed(RuntimeError):
+    """The study of a run cannot be opened, read or written; what it has is intact."""
+
+
 class SearchInterrupted(KeyboardInterrupt):
     """The search was interrupted by Ctrl-C and can be resumed; nothing finished is lost.
 

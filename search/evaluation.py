@@ -39,11 +39,25 @@ def attempt(evaluate: Evaluate, plan: PruningPlan, seed: int) -> Outcome:
     try:
         metrics = evaluate(plan, seed)
     except Exception as error:
-        return Failed(one_line(error))
+        failed = Failed(one_line(error), "memory" if _out_of_memory(error) else "error")
+    else:
+        return _finite(metrics, time.perf_counter() - start)
+    _give_back_memory()  # only here, where the error no longer holds what was allocated
+    return failed
+
+
+def _finite(metrics: Mapping[str, float], seconds: float) -> Outcome:
     wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if wrong:
-        return Failed(f"metrics must be finite, but got {wrong}.")
-    return Completed(metrics, time.perf_counter() - start)
+        return Failed(f"metrics must be finite, but got {wrong}.", "not finite")
+    return Completed(metrics, seconds)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Returns whether the machine or the GPU had no more; torch's CPU allocator has no class."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def on_device(model: nn.Module) -> nn.Module:
@@ -140,6 +154,8 @@ def _give_back_memory() -> None:
     Without it a worker grows by some 25 MB with every evaluation of a ResNet-20.
     """
     gc.collect(1)  # young reference cycles may still hold activations
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # for the other workers on the same GPU
     with suppress(OSError, AttributeError):  # other C libraries do not have it, nor need it
         ctypes.CDLL(None).malloc_trim(0)
 

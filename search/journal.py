@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from paretoprune.search.errors import RunLocked
+from paretoprune.search.errors import RunLocked, StoreFailed
 
 
 def lock(file: BinaryIO, path: Path) -> None:
@@ -32,6 +32,13 @@ def lock(file: BinaryIO, path: Path) -> None:
         ) from error
 
 
+def _unwritable(path: Path, error: OSError) -> StoreFailed:
+    return StoreFailed(
+        f"{path} cannot be written ({error.strerror}); the trials that it has are kept, and the "
+        f"search goes on from them once it can be."
+    )
+
+
 class JournalFile:
     """An append-only file of JSON objects, one a line.
 
@@ -41,6 +48,7 @@ class JournalFile:
 
     Raises:
         RunLocked: If another process writes to the file.
+        StoreFailed: If it cannot be opened for writing.
         FileNotFoundError: If it does not exist and `read_only` is set.
     """
 
@@ -51,7 +59,10 @@ class JournalFile:
         if read_only:
             self._file: BinaryIO = path.open("rb")
             return
-        self._file = path.open("a+b", buffering=0)
+        try:
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         try:
             lock(self._file, path)
             self._heal()
@@ -103,7 +114,7 @@ class JournalFile:
             durable: Whether they must survive a loss of power too.
 
         Raises:
-            OSError: If they cannot be written; then none is in the file.
+            StoreFailed: If they cannot be written; then none is in the file.
         """
         if self._read_only:
             raise RuntimeError(f"{self._path} was opened for reading only.")
@@ -116,8 +127,10 @@ class JournalFile:
                 data = data[self._file.write(data) :]
             if durable:
                 os.fsync(self._file)
-        except BaseException:
+        except BaseException as error:
             self._file.truncate(before)  # a full disk or Ctrl-C must not leave half a line
+            if isinstance(error, OSError):
+                raise _unwritable(self._path, error) from error
             raise
 
     def close(self) -> None:

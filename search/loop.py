@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,8 @@ def search(
     seed: int = 0,
     workers: int | None = None,
     address: str | None = None,
+    gpus_per_trial: float | None = None,
+    trial_timeout: float | None = None,
     run_dir: Path | None = None,
     storage: str | None = None,
     saliency_dir: Path | None = None,
@@ -65,9 +67,14 @@ def search(
         workers: Evaluations at a time on Ray; None takes one per core, or up to four per GPU; 0
             evaluates in this process without Ray.
         address: Of a running Ray cluster; None starts Ray on this machine.
+        gpus_per_trial: GPUs of each evaluation, below 1 to share one; None lets up to four share
+            one.
+        trial_timeout: Seconds after which an evaluation is a failed trial and its worker is
+            killed; None sets no limit. A worker's first evaluation also prepares what all of its
+            others share.
         run_dir: Folder of the run; None takes a temporary one that is deleted.
-        storage: Database URL of the study, as Optuna takes it; None takes a journal in
-            `run_dir`.
+        storage: URL of a database with the study, of SQLite or PostgreSQL; None takes a journal
+            in `run_dir`. A database holds one search.
         saliency_dir: Folder of saliencies that several searches share; None keeps them in
             `run_dir`.
         listeners: Told what happens.
@@ -77,13 +84,14 @@ def search(
         InfeasibleBudget: If no plan meets the target; names the smallest reachable MACs.
         UnsupportedModel: If the network cannot be traced.
         ConnectionError: If no cluster answers at `address`.
-        RunLocked: If another search is running in the same folder.
+        RunLocked: If another search is running in the same folder or database.
+        StoreFailed: If the study cannot be opened or written; finished trials are kept.
         SearchInterrupted: After Ctrl-C; a KeyboardInterrupt, with the front until then.
     """
     checks.check_flops(flops)
     checks.check_count("trials", trials, 1)
     checks.check_count("seed", seed, 0)
-    checks.check_count("workers", 0 if workers is None else workers, 0)
+    checks.check_workers(workers, gpus_per_trial, trial_timeout)
     checks.check_objectives(objectives)
     checks.check_sampler(sampler)
     named = checks.criteria_by_name(criteria)
@@ -92,6 +100,7 @@ def search(
     checks.check_problem(problem)
     with ExitStack() as stack:
         folder = run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(_database_failures(storage or folder))
         study = _open(storage, folder, request, sampler, seed)
         stack.callback(study.close)
         prepared = prepare(problem, request, folder, study)
@@ -102,7 +111,7 @@ def search(
             study, Decisions(space.suggest, prepared.decode), trials, seed, following
         )
         return following.run(
-            _executor(workers, address),
+            _executor(workers, address, gpus_per_trial, trial_timeout),
             searcher,
             Evaluator(problem, prepared.graph, similarity="cka" in request.objectives),
             Ledger(folder.resolve() / EVALUATIONS),
@@ -144,12 +153,20 @@ def _open(storage: str | None, folder: Path, request: Request, sampler: str, see
     )
 
 
-def _executor(workers: int | None, address: str | None) -> Executor:
+def _database_failures(storage: Path | str) -> AbstractContextManager[None]:
+    from paretoprune.search.study import database_failures
+
+    return database_failures(storage)
+
+
+def _executor(
+    workers: int | None, address: str | None, gpus: float | None, seconds: float | None
+) -> Executor:
     if workers == 0:
         return run_inline
     from paretoprune.search.workers import RayWorkers
 
-    return RayWorkers(workers, address)
+    return RayWorkers(workers, address, gpus, seconds)
 
 
 class _Following:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 from paretoprune.search.candidate import Candidate
 from paretoprune.surgery import Cost, PruningPlan
@@ -38,11 +38,22 @@ class Completed:
         return Completed, (dict(self.metrics), self.seconds)
 
 
+Failure = Literal["error", "memory", "not finite", "timeout", "worker"]
+"""Kinds of failure: the evaluation raised, ran out of memory (the GPU's too), measured something
+that is not a finite number, went on past its time limit, or killed every worker that tried it."""
+
+
 @dataclass(frozen=True)
 class Failed:
-    """The evaluation went wrong; `error` says how in one line."""
+    """The evaluation went wrong.
+
+    Attributes:
+        error: How, in one line.
+        kind: What went wrong, for programs.
+    """
 
     error: str
+    kind: Failure = "error"
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
                 "seconds": outcome.seconds,
             }
         case Failed():
-            return {"outcome": "failed", "error": outcome.error}
+            return {"outcome": "failed", "error": outcome.error, "kind": outcome.kind}
         case Infeasible():
             return {"outcome": "infeasible", "reason": outcome.reason}
         case _:
@@ -104,7 +115,7 @@ def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
             case "completed":
                 return Completed(metrics=data["metrics"], seconds=data["seconds"])
             case "failed":
-                return Failed(error=data["error"])
+                return Failed(error=data["error"], kind=data.get("kind", "error"))  # older: none
             case "infeasible":
                 return Infeasible(reason=data["reason"])
             case other:

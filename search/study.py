@@ -10,9 +10,10 @@ would have decided.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import sqlalchemy.exc
 from optuna.samplers import (
     BaseSampler,
     GPSampler,
@@ -32,7 +34,8 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import TrialState
 
-from paretoprune.search.journal import JournalFile
+from paretoprune.search.errors import RunLocked, StoreFailed
+from paretoprune.search.journal import JournalFile, lock
 from paretoprune.search.objectives import MEASURED
 from paretoprune.search.record import (
     SAMPLER,
@@ -47,6 +50,7 @@ from paretoprune.search.record import (
 from paretoprune.search.space import Suggester
 
 _NAME = "paretoprune"
+_LOCK = 7_274_766  # number of PostgreSQL's advisory lock, anything that others do not take
 _TOLD = 6  # op code of Optuna's journal for a change of a trial's state
 _SEEDED = "seeded"
 
@@ -121,7 +125,9 @@ class Study:
         trials: How many trials the search is to have.
 
     Raises:
-        RunLocked: If another process writes to the journal.
+        RunLocked: If another process writes to the journal or drives the database.
+        StoreFailed: If the journal or the database cannot be opened.
+        ValueError: If the database is none that can be locked.
     """
 
     def __init__(
@@ -246,15 +252,39 @@ def read_study(storage: Path | str) -> tuple[list[Record], Mapping[str, Any]]:
     Raises:
         FileNotFoundError: If the journal file does not exist.
     """
-    opened, close = _open_storage(storage, read_only=True)
+    with database_failures(storage):
+        opened, close = _open_storage(storage, read_only=True)
+        try:
+            with _quiet():
+                study = optuna.load_study(study_name=_NAME, storage=opened)
+            return _records(study), study.user_attrs
+        except KeyError:  # the driver has only just begun
+            return [], {}
+        finally:
+            close()
+
+
+@contextmanager
+def database_failures(storage: Path | str) -> Iterator[None]:
+    """Says in one sentence what a database cannot do; a journal says it itself.
+
+    Args:
+        storage: Where the study is.
+
+    Raises:
+        StoreFailed: If its database raises in the block.
+    """
     try:
-        with _quiet():
-            study = optuna.load_study(study_name=_NAME, storage=opened)
-        return _records(study), study.user_attrs
-    except KeyError:  # the driver has only just begun
-        return [], {}
-    finally:
-        close()
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__  # the database's own, below SQLAlchemy's and Optuna's
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        where = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", str(storage))
+        raise StoreFailed(
+            f"the study in {where} cannot be used ({reason}); the trials that it has are kept."
+        ) from error
 
 
 def _open_storage(
@@ -269,8 +299,50 @@ def _open_storage(
             backend.close()
             raise
     with _quiet():
-        database = optuna.storages.get_storage(storage)
-    return database, database.remove_session
+        try:
+            database = optuna.storages.RDBStorage(storage)
+        except ImportError as error:
+            raise ValueError(
+                f"no driver for {storage.split(':')[0]} is installed; for PostgreSQL: "
+                f"pip install 'paretoprune[postgres]'."
+            ) from error
+        unlock = None if read_only else _lock_database(database)
+
+    def close() -> None:
+        database.remove_session()
+        if unlock is not None:
+            unlock()
+        database.engine.dispose()
+
+    return optuna.storages.get_storage(database), close
+
+
+def _lock_database(database: optuna.storages.RDBStorage) -> Callable[[], None]:
+    """Makes this process the only driver, until the returned function is called or it ends.
+
+    Raises:
+        RunLocked: If another process is.
+        ValueError: If the database is none of those that drop a lock with its holder.
+    """
+    url = database.engine.url
+    if url.get_backend_name() == "sqlite" and url.database:
+        path = Path(url.database)
+        with ExitStack() as opened:
+            file = opened.enter_context(path.with_name(f"{path.name}.lock").open("ab"))
+            lock(file, path)
+            return opened.pop_all().close
+    if url.get_backend_name() == "postgresql":
+        connection = database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if not connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_LOCK})").scalar():
+            connection.close()
+            raise RunLocked(
+                f"another search is running in the database {url.database!r}; wait until it ends "
+                f"or stop it first."
+            )
+        return connection.close
+    raise ValueError(
+        f"a study lies in a file of SQLite or in PostgreSQL, but got {url.get_backend_name()}."
+    )
 
 
 def _records(study: optuna.Study) -> list[Record]:

@@ -11,10 +11,12 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ from ray.train._internal import storage
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher as TuneSearcher
 
+from paretoprune.search.deadline import deadline
 from paretoprune.search.evaluation import Evaluate, one_line
 from paretoprune.search.ledger import Ledger, Task
 from paretoprune.search.record import Failed, outcome_from_json, outcome_to_json
@@ -36,6 +39,7 @@ T = TypeVar("T")
 _RETRIES = 2  # of an evaluation whose worker died
 _PER_GPU = 4  # workers that share a GPU by default
 _SESSION = "_get_ray_train_session_dir"  # where Tune looks for the folder of a local Ray
+_PACKAGES = ("criteria", "experiments", "search", "surgery")
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and tensorboard file per trial
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # Tune's snapshots are never read
@@ -53,30 +57,40 @@ class RayWorkers:
     Attributes:
         workers: Evaluations at a time; None takes one per core of the cluster, or where it has
             GPUs up to four per GPU.
-        address: Of a running cluster; None starts Ray on this machine. A connection that the
-            caller has is used as it is.
+        address: Of a running cluster, which is sent this package; None starts Ray on this
+            machine. A connection that the caller has is used as it is.
+        gpus: GPUs of each evaluation, a fraction shares one; None lets up to four share one.
+        seconds: Most that an evaluation may take, the first of a worker with what is prepared for
+            all of its others; None sets no limit. A worker that takes longer is killed.
     """
 
     workers: int | None = None
     address: str | None = None
+    gpus: float | None = None
+    seconds: float | None = None
 
     def __call__(self, searcher: Searcher, evaluate: Evaluate, ledger: Ledger) -> None:
         """Runs the tasks of `searcher`; see `Executor`.
 
         Raises:
             RuntimeError: If the workers cannot start.
+            ValueError: If the cluster does not have the GPUs that evaluations are to have.
         """
         with (
             _quiet_tune(),
             _connection(self.address, self.workers),
             _scratch() as folder,
         ):
-            share = _share(self.workers)
+            share = _share(self.workers, self.gpus)
             search = _TuneSearch(searcher, share.workers)
             with search.own_errors():
                 tune.run(
                     tune.with_parameters(
-                        _Worker, evaluate=evaluate, ledger=ledger, threads=share.cores
+                        _Worker,
+                        evaluate=evaluate,
+                        ledger=ledger,
+                        threads=share.cores,
+                        seconds=self.seconds,
                     ),
                     name="search",
                     search_alg=search,
@@ -100,6 +114,7 @@ class _Worker(tune.Trainable):
         torch.set_num_threads(parameters["threads"])
         self._evaluate: Evaluate = parameters["evaluate"]
         self._ledger: Ledger = parameters["ledger"]
+        self._seconds: float | None = parameters["seconds"]
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -107,8 +122,13 @@ class _Worker(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        outcome = self._ledger.evaluate(self._evaluate, self._task)
+        with deadline(self._seconds, self._give_up):  # the next worker finds this in the ledger
+            outcome = self._ledger.evaluate(self._evaluate, self._task)
         return {"outcome": json.dumps(outcome_to_json(outcome)), "done": True}
+
+    def _give_up(self) -> None:
+        late = Failed(f"it took longer than its limit of {self._seconds:g} s.", "timeout")
+        self._ledger.write(self._task.key, late)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing to save: an evaluation is one step."""
@@ -156,7 +176,7 @@ class _TuneSearch(TuneSearcher):
             outcome = outcome_from_json(json.loads(result["outcome"]))
         elif error:
             reason = self._failures.get(trial_id, "out of memory, perhaps")
-            outcome = Failed(f"its worker died {_RETRIES + 1} times: {reason}")
+            outcome = Failed(f"its worker died {_RETRIES + 1} times: {reason}", "worker")
         else:
             return  # stopped unfinished: the trial stays open, and a resumed search asks it again
         self._own(lambda: self._searcher.tell(task, outcome))
@@ -220,15 +240,35 @@ class _Share:
     gpus: float
 
 
-def _share(workers: int | None) -> _Share:
-    """Returns the share of the cluster that each worker gets."""
+def _share(workers: int | None, wanted: float | None) -> _Share:
+    """Returns the share of the cluster that each worker gets.
+
+    Raises:
+        ValueError: If no node has the GPUs that are wanted for each.
+    """
     resources = ray.cluster_resources()
     cores, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
-    workers = workers or max(1, min(cores, int(gpus) * _PER_GPU) if gpus else cores)
-    largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max(node.get("GPU", 0.0) for node in nodes)
+    if wanted is not None and wanted > most:
+        raise ValueError(
+            f"every trial is to have {wanted:g} GPUs, but the node with most has {most:g}."
+        )
+    if wanted:
+        fits = sum(_fitting(node.get("GPU", 0.0), wanted) for node in nodes)
+    else:
+        fits = int(gpus) * _PER_GPU if wanted is None and gpus else cores
+    workers = workers or max(1, min(cores, fits))
     per_gpu = math.ceil(workers / gpus) if gpus else 0
     fraction = math.floor(10_000 / per_gpu) / 10_000 if per_gpu else 0.0  # Ray's resolution
-    return _Share(workers, min(max(1, cores // workers), largest), fraction)
+    largest = max(int(node.get("CPU", 1)) for node in nodes)
+    threads = min(max(1, cores // workers), largest)
+    return _Share(workers, threads, fraction if wanted is None else wanted)
+
+
+def _fitting(gpus: float, wanted: float) -> int:
+    """Returns how many workers fit on a node: one GPU serves several, or several serve one."""
+    return int(gpus) * int(1 / wanted + 1e-9) if wanted < 1 else int(gpus / wanted)
 
 
 @contextmanager
@@ -264,6 +304,23 @@ def _scratch() -> Iterator[str]:
 
 
 @contextmanager
+def _package() -> Iterator[str]:
+    """Yields a folder with the code of this package, however it is installed here.
+
+    Sent to a cluster, it is what the workers import: the code of the driver, and no other
+    version that a node may have. A wheel would do the same but install all it depends on.
+    """
+    with tempfile.TemporaryDirectory(prefix="paretoprune-") as folder:
+        whole = Path(folder, "paretoprune")
+        for name in _PACKAGES:
+            (source,) = import_module(f"paretoprune.{name}").__path__
+            shutil.copytree(
+                source, whole / name, ignore=shutil.ignore_patterns("__pycache__", "results")
+            )
+        yield str(whole)
+
+
+@contextmanager
 def _connection(address: str | None, workers: int | None) -> Iterator[None]:
     """Connects to Ray and leaves it again, unless the caller is connected already."""
     if ray.is_initialized():
@@ -279,7 +336,13 @@ def _connection(address: str | None, workers: int | None) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     else:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _package() as folder:
+            ray.init(
+                address=address,
+                runtime_env={"py_modules": [folder]},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -70,7 +71,39 @@ def test_an_error_is_an_outcome_in_one_line(problem: Problem, plan: PruningPlan)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_metrics_that_are_not_finite_are_a_failure(plan: PruningPlan, value: float) -> None:
     outcome = attempt(lambda plan, seed: {"loss": value, "macs": 1}, plan, 0)
-    assert outcome == Failed(f"metrics must be finite, but got {{'loss': {value}}}.")
+    assert outcome == Failed(f"metrics must be finite, but got {{'loss': {value}}}.", "not finite")
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: bytearray(2**62),
+        lambda: torch.empty(2**60, dtype=torch.uint8),
+        pytest.param(
+            lambda: torch.empty(2**50, dtype=torch.uint8, device="cuda"),
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+    ids=["python", "torch", "cuda"],
+)
+def test_too_little_memory_is_told_apart(
+    plan: PruningPlan, allocate: Callable[[], object]
+) -> None:
+    def evaluation(plan: PruningPlan, seed: int) -> dict[str, float]:
+        allocate()
+        return {"loss": 1.0, "macs": 1}
+
+    outcome = attempt(evaluation, plan, 0)
+    assert isinstance(outcome, Failed)
+    assert outcome.kind == "memory"
+
+
+def test_the_gpu_s_memory_counts_as_memory(plan: PruningPlan) -> None:
+    def evaluation(plan: PruningPlan, seed: int) -> dict[str, float]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    failed = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert attempt(evaluation, plan, 0) == Failed(failed, "memory")
 
 
 def test_ctrl_c_is_no_outcome(plan: PruningPlan) -> None:

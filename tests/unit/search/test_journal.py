@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from paretoprune.search import RunLocked
+from paretoprune.search import RunLocked, StoreFailed
 from paretoprune.search.journal import JournalFile
 
 LINES = [{"n": n, "text": "a\nb é"} for n in range(5)]
@@ -89,7 +89,7 @@ def test_a_failed_write_leaves_no_line(path: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StoreFailed, match="No space left"):
             journal.append([{"lost": True}], durable=True)
     assert list(journal.read(0)) == LINES
     journal.append([{"n": 5}], durable=True)

@@ -19,6 +19,7 @@ from paretoprune.search import (
     Record,
     RunLocked,
 )
+from paretoprune.search.record import outcome_from_json
 from paretoprune.search.study import AskedTrial, Study, read_study
 from paretoprune.surgery import Cost, PruningPlan
 
@@ -62,6 +63,7 @@ def test_records_come_back_from_the_study_alone(open_study: OpenStudy) -> None:
     outcomes: list[dict[str, Any]] = [
         {},
         {"outcome": Failed("RuntimeError: no")},
+        {"outcome": Failed("it took longer than its limit of 9 s.", "timeout")},
         {"outcome": Infeasible("too small"), "plan": None, "cost": None, "candidate": candidate},
     ]
     told = []
@@ -74,7 +76,7 @@ def test_records_come_back_from_the_study_alone(open_study: OpenStudy) -> None:
 
     study = open_study()
     assert study.records() == told
-    assert [r.origin for r in told] == ["seed", "sampler", "sampler"]
+    assert [r.origin for r in told] == ["seed", "sampler", "sampler", "sampler"]
     assert study.notes["key"] == {"value": [1]}
     study.close()
 
@@ -289,3 +291,7 @@ def test_what_is_fixed_is_not_decided(open_study: OpenStudy, sampler: str) -> No
         study.tell(record(trial, value))
     assert decided == [(1.0, 0.5)[number % 2] for number in range(12)]
     study.close()
+
+
+def test_outcomes_of_older_runs_have_no_kind() -> None:
+    assert outcome_from_json({"outcome": "failed", "error": "no"}) == Failed("no", "error")
