@@ -75,6 +75,7 @@ class MlflowListener:
         self._store = store or store_of(run_dir.parent)
         self._warn = warn
         self._broken = False
+        self._warned = False
         self._drawn = 0.0
         self._search: SearchRuns | None = None
         self._view: SearchView | None = None
@@ -110,6 +111,9 @@ class MlflowListener:
                 action()
         except Exception as error:  # whatever it is: a view must not end the search
             self._broken = True
+            if self._warned:  # the last attempt, at the end: nothing new to say
+                return
+            self._warned = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self._warn(
                 f"MLflow at {self._store.uri} does not work ({reason}); the search goes on and "

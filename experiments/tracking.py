@@ -41,7 +41,7 @@ def connect(store: Store) -> MlflowClient:
     with _silenced():
         from mlflow import MlflowClient  # after the environment, which it reads once
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # not a line per new table
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what it raises is said by us
         return MlflowClient(tracking_uri=store.uri)
 
 

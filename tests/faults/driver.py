@@ -1,8 +1,9 @@
 """A search without a network, to be run as a process and killed; not a test itself.
 
-Usage: python driver.py FOLDER TRIALS WORKERS SECONDS, with 0 workers for no Ray. Every evaluation
-takes SECONDS and writes a line to FOLDER/log as it starts. Ends with status 0 when the search is
-done, 3 when another driver is at work, 130 after Ctrl-C.
+Usage: python driver.py FOLDER TRIALS WORKERS SECONDS [URL], with 0 workers for no Ray and the URL
+of a database instead of a journal. Every evaluation takes SECONDS and writes a line to FOLDER/log
+as it starts. Ends with status 0 when the search is done, 3 when another driver is at work, 4 when
+the study cannot be written, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from paretoprune.search import Candidate, RunLocked
+from paretoprune.search import Candidate, RunLocked, StoreFailed
 from paretoprune.search.ledger import Ledger, key_of
 from paretoprune.search.searcher import Decisions, Executor, Searcher, run_inline
 from paretoprune.search.space import Suggester
-from paretoprune.search.study import Study
+from paretoprune.search.study import Study, database_failures
 from paretoprune.surgery import Cost, PruningPlan
 
 UNITS = 100
@@ -54,15 +55,23 @@ class Evaluation:
         return {"loss": 1 / a + 2 / b, "macs": a * b, "params": a + b}
 
 
-def main(folder: Path, trials: int, workers: int, seconds: float) -> int:
+def main(folder: Path, trials: int, workers: int, seconds: float, url: str | None) -> int:
     """Runs or resumes the search; returns the exit status."""
+    storage = url or folder / "journal.log"
     try:
-        study = Study(
-            folder / "journal.log", ("loss", "macs"), sampler="tpe", seed=0, trials=trials
-        )
+        with database_failures(storage):
+            return run(folder, trials, workers, seconds, storage)
     except RunLocked as error:
         print(error)
         return 3
+    except StoreFailed as error:
+        print(error)
+        return 4
+
+
+def run(folder: Path, trials: int, workers: int, seconds: float, storage: Path | str) -> int:
+    """Does so, and raises what goes wrong with the study."""
+    study = Study(storage, ("loss", "macs"), sampler="tpe", seed=0, trials=trials)
     study.begin([{"offset/a": share, "offset/b": share} for share in (1.0, 0.5)], UNITS**2)
     searcher = Searcher(study, Decisions(suggest, decode), trials, 0, lambda record: None)
     execute: Executor = run_inline
@@ -81,4 +90,5 @@ def main(folder: Path, trials: int, workers: int, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])))
+    place, trials, workers, seconds, *rest = sys.argv[1:]
+    sys.exit(main(Path(place), int(trials), int(workers), float(seconds), *(rest or [None])))

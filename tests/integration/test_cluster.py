@@ -1,0 +1,136 @@
+"""Searches on a cluster of several nodes: real ones of Ray, all on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+
+import paretoprune.search
+from paretoprune.search import Candidate, Completed
+from paretoprune.search.ledger import Ledger
+from paretoprune.search.searcher import Decisions, Searcher
+from paretoprune.search.space import Suggester
+from paretoprune.search.study import Study
+from paretoprune.search.workers import RayWorkers
+from paretoprune.surgery import Cost, PruningPlan
+
+UNITS = 200
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head and two more nodes, of one core each; one of them says that it has a GPU."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    started = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    started.add_node(num_cpus=1)
+    started.add_node(num_cpus=1, num_gpus=1)
+    started.wait_for_nodes()
+    yield started
+    ray.shutdown()
+    started.shutdown()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def suggest(trial: Suggester) -> Candidate:
+    return Candidate("l2", 1.0, offsets={"group": trial.suggest_float("share", 0, 1)})
+
+
+def decode(candidate: Candidate) -> tuple[PruningPlan, Cost]:
+    plan = PruningPlan({"group": tuple(range(1 + round(candidate.offsets["group"] * UNITS)))})
+    return plan, Cost(len(plan.kept["group"]), 1)
+
+
+@dataclass
+class Evaluation:
+    """Writes a line per start into `log`: units, node, GPUs, and where the package lies."""
+
+    log: Path
+    seconds: float
+
+    def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
+        units = len(plan.kept["group"])
+        node = ray.get_runtime_context().get_node_id()
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or "none"
+        with self.log.open("a") as file:
+            file.write(f"{units} {node} {gpus} {paretoprune.search.__file__}\n")
+        time.sleep(self.seconds)
+        return {"loss": 1 - units / UNITS, "macs": units, "params": 1}
+
+    def lines(self) -> list[list[str]]:
+        if not self.log.exists():
+            return []
+        return [line.split(maxsplit=3) for line in self.log.read_text().splitlines()]
+
+
+@dataclass
+class Search:
+    """A search in a folder, and what is to happen after some of its records."""
+
+    folder: Path
+    trials: int
+    seconds: float
+    kill: int = 10**9
+
+    def run(self, workers: RayWorkers, cluster: Cluster | None = None) -> Evaluation:
+        """Returns the evaluation after exactly the trials that were asked for completed."""
+        evaluation = Evaluation(self.folder / "log", self.seconds)
+        study = Study(
+            self.folder / "journal.log",
+            ("loss", "macs"),
+            sampler="random",
+            seed=0,
+            trials=self.trials,
+        )
+        study.begin([], UNITS)
+        finished = 0
+
+        def heard(record: object) -> None:
+            nonlocal finished
+            finished += 1
+            if finished == self.kill and cluster is not None:
+                nodes = cluster.list_all_nodes()
+                cluster.remove_node(nodes[1], allow_graceful=False)
+
+        searcher = Searcher(study, Decisions(suggest, decode), self.trials, 0, heard)
+        workers(searcher, evaluation, Ledger(self.folder / "evals"))
+        records = study.records()
+        study.close()
+        assert [record.number for record in records] == list(range(self.trials))
+        assert all(isinstance(record.outcome, Completed) for record in records)
+        return evaluation
+
+
+def test_workers_share_a_gpu_as_they_are_told(cluster: Cluster, tmp_path: Path) -> None:
+    workers = RayWorkers(address=cluster.address, gpus=0.25)
+    with pytest.raises(ValueError, match="to have 2 GPUs, but the node with most has 1"):
+        Search(tmp_path, 1, 0).run(RayWorkers(address=cluster.address, gpus=2))
+    lines = Search(tmp_path, 6, 0.2).run(workers).lines()
+    (gpu,) = [node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU")]
+    assert {(line[1], line[2]) for line in lines} == {(gpu, "0")}
+
+
+def test_trials_run_on_all_nodes_with_the_driver_s_code_and_a_dead_node_loses_none(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    search = Search(tmp_path, 24, 0.4, kill=9)
+    evaluation = search.run(RayWorkers(address=cluster.address, gpus=0), cluster)
+    lines = evaluation.lines()
+    nodes = Counter(line[1] for line in lines)
+    assert len(nodes) == 3
+    sent = {line[3] for line in lines}
+    assert all("py_modules" in file for file in sent)
+    started = Counter(line[0] for line in lines)
+    assert set(started.values()) <= {1, 2}  # what ran on the dead node ran again elsewhere
+    assert sum(started.values()) - len(started) <= 1
