@@ -306,7 +306,12 @@ def _open_storage(
                 f"no driver for {storage.split(':')[0]} is installed; for PostgreSQL: "
                 f"pip install 'paretoprune[postgres]'."
             ) from error
-        unlock = None if read_only else _lock_database(database)
+        try:
+            unlock = None if read_only else _lock_database(database)
+        except BaseException:
+            database.remove_session()
+            database.engine.dispose()
+            raise
 
     def close() -> None:
         database.remove_session()
