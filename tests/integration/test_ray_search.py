@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -78,6 +79,11 @@ class Evaluation:
     log: Path
     wrong: str = ""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        with self.log.with_name("arrivals").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
     def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
         units = len(plan.kept["group"])
         before = self.log.read_text() if self.log.exists() else ""
@@ -127,6 +133,8 @@ def test_workers_evaluate_every_plan_once(tmp_path: Path) -> None:
     assert max(Counter(line[0] for line in lines).values()) == 1
     processes = {line[1] for line in lines}
     assert len(processes) == 2
+    arrivals = (tmp_path / "arrivals").read_text().split()
+    assert sorted(arrivals) == sorted(processes)  # model and data come once, not with every trial
     assert str(os.getpid()) not in processes
     assert {line[2] for line in lines} == {"1"}  # two workers on two cores
     assert {line[3] for line in lines} == {str(Path.cwd())}  # relative paths mean the same
