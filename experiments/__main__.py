@@ -103,7 +103,10 @@ def search(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="A Ray cluster, such as ray://head:10001.", show_default="this machine"),
+        typer.Option(
+            help="A Ray cluster, such as head:6379 or ray://head:10001.",
+            show_default="this machine",
+        ),
     ] = None,
     gpus_per_trial: Annotated[
         float | None,

@@ -20,6 +20,8 @@ from paretoprune.search import Completed, ParetoFront, Record, SearchInfo
 
 _REDRAW_SECONDS = 60.0
 """Least time between two pages of the front while the search goes on."""
+_REDRAW_SHARE = 0.01
+"""Most of the time of a search that is spent on them, which its workers may spend waiting."""
 
 
 def _say(text: str) -> None:
@@ -76,7 +78,7 @@ class MlflowListener:
         self._warn = warn
         self._broken = False
         self._warned = False
-        self._drawn = 0.0
+        self._redraw = 0.0
         self._search: SearchRuns | None = None
         self._view: SearchView | None = None
 
@@ -134,9 +136,11 @@ class MlflowListener:
         if isinstance(record.outcome, Completed):  # no other can change the front
             self._search.mark(front)
             self._search.add_progress([(record.number, front.hypervolume)], front)
-        if time.monotonic() - self._drawn > _REDRAW_SECONDS and front.records:
+        begin = time.monotonic()
+        if begin > self._redraw and front.records:
             self._search.draw(view, self._run_dir.name)
-            self._drawn = time.monotonic()
+            end = time.monotonic()
+            self._redraw = end + max(_REDRAW_SECONDS, (end - begin) / _REDRAW_SHARE)
 
     def _close(self, interrupted: bool) -> None:
         assert self._search is not None
