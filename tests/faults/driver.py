@@ -91,4 +91,5 @@ def run(folder: Path, trials: int, workers: int, seconds: float, storage: Path |
 
 if __name__ == "__main__":
     place, trials, workers, seconds, *rest = sys.argv[1:]
-    sys.exit(main(Path(place), int(trials), int(workers), float(seconds), *(rest or [None])))
+    url = rest[0] if rest else None
+    sys.exit(main(Path(place), int(trials), int(workers), float(seconds), url))

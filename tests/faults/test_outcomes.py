@@ -106,7 +106,7 @@ def search(folder: Path, faults: tuple[str, ...], workers: int, limit: float | N
     assert sorted(record.number for record in heard.records) == list(range(TRIALS))
     assert front.records
     assert all(isinstance(record.outcome, Completed) for record in front.records)
-    words = []
+    words: list[str] = []
     plans = set()  # trials that came to a known plan take its outcome
     for record in heard.records:
         if record.plan in plans:
