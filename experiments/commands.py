@@ -29,6 +29,7 @@ from paretoprune.experiments.units import parse_flops
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Problem, SearchInterrupted, StoreFailed, checks, read_run
 from paretoprune.search import search as run_search
+from paretoprune.search.loop import EVALUATIONS
 from paretoprune.surgery import trace
 
 DENSE_FILE = "dense.safetensors"
@@ -65,6 +66,7 @@ class SearchOptions:
         checks.check_sampler(self.sampler)
         checks.check_count("--trials", self.trials, 1)
         checks.check_count("--seed", self.seed, 0)
+        checks.check_count("--workers", self.workers or 0, 0)
         checks.check_workers(self.workers, self.gpus_per_trial, self.trial_timeout)
         return RunSpec(
             model=self.model,
@@ -117,8 +119,10 @@ def search(options: SearchOptions, *, run: str | None, runs_dir: Path, quiet: bo
 def _has_begun(folder: Path, spec: RunSpec) -> bool:
     try:
         read_run(folder, spec.storage)
-    except (ValueError, StoreFailed):
+    except ValueError:
         return False
+    except StoreFailed:  # a database that went away: what was evaluated is in the folder
+        return (folder / EVALUATIONS).exists()
     return True
 
 

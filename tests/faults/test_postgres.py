@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import random
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,3 +122,49 @@ def test_a_study_in_postgres(runs: MakeRun, server: Server) -> None:
     run.check(kills=4)
     after, _ = read_study(server.url)
     assert after[: len(before)] == before
+
+
+@pytest.mark.slow
+def test_the_command_keeps_its_run_when_the_server_goes_away(
+    server: Server, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PGPASSWORD": "secret", "OMP_NUM_THREADS": "1"}
+    where = ["-h", "127.0.0.1", "-p", str(server.port), "-U", "search"]
+    subprocess.run(
+        [str(server.programs / "createdb"), *where, "one"], env=environment, check=True, timeout=60
+    )
+
+    def command(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "paretoprune.experiments", *arguments, "--quiet"]
+            + ["--runs-dir", str(tmp_path)],
+            env={name: value for name, value in environment.items() if "MLFLOW" not in name},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    url = f"postgresql://search@127.0.0.1:{server.port}/one"
+    options = ["--flops", "50%", "--trials", "400", "--workers", "0", "--run", "one"]
+    search = command("search", "digits", *options, "--storage", url)
+    limit = time.monotonic() + 150
+    while len(list((tmp_path / "one" / "evals").glob("*.json"))) < 3:
+        assert search.poll() is None, search.communicate()
+        assert time.monotonic() < limit, "nothing happens"
+        time.sleep(0.1)
+    server.stop()
+    _, said = search.communicate(timeout=120)
+    assert search.returncode == 2
+    assert said.splitlines()[0].startswith(f"error: the study in {url} cannot be used (")
+    assert len(said.splitlines()) == 1
+
+    server.start()
+    file = tmp_path / "one" / "run.json"
+    spec = json.loads(file.read_text())
+    trials = len(list((tmp_path / "one" / "evals").glob("*.json"))) + 3
+    file.write_text(json.dumps({**spec, "trials": trials}))
+    resumed = command("resume", "one")
+    _, said = resumed.communicate(timeout=200)
+    assert (resumed.returncode, said) == (0, "")
+    records, _ = read_study(url.replace("search@", "search:secret@"))
+    assert [record.number for record in records] == list(range(trials))

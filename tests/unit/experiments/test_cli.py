@@ -110,6 +110,19 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         "unknown sampler 'best'; available: tpe",
     ),
     "workers below none": ([*SEARCH, "--flops", "50%", "--workers", "-1"], "--workers must be"),
+    "a time limit without workers": (
+        [*SEARCH, "--flops", "50%", "--workers", "0", "--trial-timeout", "9"],
+        "an evaluation in this process cannot be stopped",
+    ),
+    "one and a half GPUs": ([*SEARCH, "--flops", "50%", "--gpus-per-trial", "1.5"], "but got 1.5"),
+    "a database that does not answer": (
+        [*SEARCH, "--flops", "50%", "--storage", "postgresql://me:secret@127.0.0.1:9/study"],
+        "the study in postgresql://me:***@127.0.0.1:9/study cannot be used (",
+    ),
+    "a database that nobody knows": (
+        [*SEARCH, "--flops", "50%", "--storage", "files"],
+        "the study in files cannot be used (",
+    ),
     "a network that cannot be traced": (
         ["search", "somebodys_own:stubborn", "--flops", "50%", "--data", "digits", "--quiet"],
         "",
