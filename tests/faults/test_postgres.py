@@ -134,10 +134,11 @@ def test_the_command_keeps_its_run_when_the_server_goes_away(
         [str(server.programs / "createdb"), *where, "one"], env=environment, check=True, timeout=60
     )
 
+    place = ["--quiet", "--runs-dir", str(tmp_path)]
+
     def command(*arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "paretoprune.experiments", *arguments, "--quiet"]
-            + ["--runs-dir", str(tmp_path)],
+            [sys.executable, "-m", "paretoprune.experiments", *arguments, *place],
             env={name: value for name, value in environment.items() if "MLFLOW" not in name},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
