@@ -70,6 +70,18 @@ def set_attribute(module: nn.Module, name: str, value: int | Sequence[int]) -> N
         setattr(module, name, list(value) if isinstance(old, list) else tuple(value))
 
 
+def has_numbers(module: nn.Module) -> bool:
+    """Whether sizes in a module's code may be in its attributes alone.
+
+    Torch's own layers have weights to follow, except norms that are built without any.
+    """
+    if not type(module).__module__.startswith("torch."):
+        return True
+    norms = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return isinstance(module, norms) and all(tensor is None for tensor in tensors)
+
+
 def follow_numbers(
     module: nn.Module,
     numbers: Mapping[int, Collection[int]],
@@ -82,12 +94,10 @@ def follow_numbers(
     Sizes of images, windows and the like may be as large by chance and stay.
 
     Args:
-        module: Any module; of torch's own layers, norms without weights alone have no other way.
+        module: One that `has_numbers`.
         numbers: For every size in its code, what it becomes; several if it counts several things.
         sequences: For every list of sizes in its code, what it becomes.
     """
-    if type(module).__module__.startswith("torch.") and not _is_plain_norm(module):
-        return
     for name, value in size_attributes(module).items():
         if _IN_SPACE.search(name):
             continue
@@ -101,11 +111,6 @@ def follow_numbers(
         unchanged = value in numbers.get(value, ())
         if len(changed) == 1 and (not unchanged or re.search(r"head(?!.*dim)|group", name)):
             set_attribute(module, name, changed.pop())
-
-
-def _is_plain_norm(module: nn.Module) -> bool:
-    norms = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    return isinstance(module, norms) and not any(True for _ in module.state_dict())
 
 
 def follow_weights(module: nn.Module) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paretoprune.surgery.attributes import follow_numbers, follow_weights
+from paretoprune.surgery.attributes import follow_numbers, follow_weights, has_numbers
 from paretoprune.surgery.copying import copied
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.record import Recorded
 from paretoprune.surgery.resize import padded_widths
 from paretoprune.surgery.skip import Skip
+
+_AT_ONCE = 2**18
+"""Elements of whole rows that wait for their columns to be taken: they fit a cache."""
 
 
 def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module:
@@ -34,41 +37,45 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
     """
     mask = graph.kept_mask(plan)
     keep = _kept_positions(graph, mask)
+    modules = dict(model.named_modules(remove_duplicate=False))
     memo: dict[int, Any] = {}
     for name in plan.removed:
-        memo[id(model.get_submodule(name))] = Skip().train(model.training)
+        memo[id(modules[name])] = Skip().train(model.training)
+    outside = {
+        name: module
+        for name, module in modules.items()
+        if name not in plan.removed and not _inside(name, plan.removed)
+    }
     aliases: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        if not _inside(name, plan.removed) or id(tensor) in tensors:
-            aliases.setdefault(id(tensor), []).append(name)
-            tensors[id(tensor)] = tensor
+    for module_name, module in outside.items():
+        prefix = f"{module_name}." if module_name else ""
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                aliases.setdefault(id(tensor), []).append(prefix + key)
+                tensors[id(tensor)] = tensor
     touched: list[str] = []
-    for key, tensor in tensors.items():
-        cuts = [keep[name] for name in aliases[key] if name in keep]
-        memo[key] = _sliced(tensor, cuts)
-        touched += aliases[key] if cuts else []
+    for identity, tensor in tensors.items():
+        cuts = [keep[name] for name in aliases[identity] if name in keep]
+        memo[identity] = _sliced(tensor, cuts)
+        if cuts:
+            touched += aliases[identity]
     small = copied(model, memo)
-    _follow(small, graph, mask, plan, touched)
+    copies = {name: memo[id(module)] for name, module in outside.items()}
+    _follow(copies, graph, mask, touched)
     for name, recording in graph.recorded.items():
-        if name in plan.removed or _inside(name, plan.removed):
-            continue
-        if any(parameter.startswith(f"{name}.") for parameter in touched):
-            module = small.get_submodule(name)
-            small.set_submodule(name, Recorded(module, recording.resized(graph, mask)))
-    _forget_caches(small)
+        if name in copies and any(parameter.startswith(f"{name}.") for parameter in touched):
+            small.set_submodule(name, Recorded(copies[name], recording.resized(graph, mask)))
+    _forget_caches(copies.values())
     return small
 
 
-def _forget_caches(small: nn.Module) -> None:
+def _forget_caches(modules: Iterable[nn.Module]) -> None:
     """Makes modules forget what they keep for evaluation, which has the dense sizes.
 
     Such modules (LeViT's attention keeps its gathered biases) forget it when training begins.
     """
-    for module in small.modules():
+    for module in modules:
         if type(module).train is not nn.Module.train:
             modes = [(inner, inner.training) for inner in module.modules()]
             module.train(True)
@@ -96,40 +103,45 @@ def _kept_positions(graph: PruningGraph, mask: Tensor) -> dict[str, dict[int, Te
 
 
 def _sliced(tensor: Tensor, cuts: list[dict[int, Tensor]]) -> Tensor:
-    data = tensor.detach()
     axes = {axis: positions for cut in cuts for axis, positions in cut.items()}
-    for axis, positions in axes.items():
-        data = data.index_select(axis, positions.to(data.device))
-    if not axes:
-        data = data.clone()
+    data = _selected(tensor.detach(), axes) if axes else tensor.detach().clone()
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(data, requires_grad=tensor.requires_grad)
     return data
 
 
+def _selected(data: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
+    """Returns the positions of a tensor that stay, by axis."""
+    axes = {axis: positions.to(data.device) for axis, positions in axes.items()}
+    if axes.keys() != {0, 1}:
+        for axis, positions in axes.items():
+            data = data.index_select(axis, positions)
+        return data
+    rows, columns = axes[0], axes[1]
+    result = data.new_empty(len(rows), len(columns), *data.shape[2:])
+    at_once = max(1, _AT_ONCE * len(data) // max(1, data.numel()))
+    for some, place in zip(rows.split(at_once), result.split(at_once), strict=True):
+        torch.index_select(data.index_select(0, some), 1, columns, out=place)
+    return result
+
+
 def _follow(
-    small: nn.Module,
-    graph: PruningGraph,
-    mask: Tensor,
-    plan: PruningPlan,
-    touched: Sequence[str],
+    copies: Mapping[str, nn.Module], graph: PruningGraph, mask: Tensor, touched: Sequence[str]
 ) -> None:
-    modules = dict(small.named_modules(remove_duplicate=False))
+    """Rewrites what the modules of the copy, by name, say about their sizes."""
     for name in dict.fromkeys(parameter.rpartition(".")[0] for parameter in touched):
-        if name in modules:
-            follow_weights(modules[name])
+        follow_weights(copies[name])
     for name, numbers in graph.numbers.items():
-        if _inside(f"{name}.", plan.removed):
+        if name not in copies or not has_numbers(copies[name]):
             continue
         sizes: dict[int, set[int]] = {}
         for number in numbers:
             sizes.setdefault(number.value, set()).add(number.kept(mask))
-        follow_numbers(small.get_submodule(name), sizes, _sequences(graph, name, mask))
+        follow_numbers(copies[name], sizes, _sequences(graph, name, mask))
     for name, (dim, units) in graph.pads.items():
-        if _inside(f"{name}.", plan.removed):
-            continue
-        pad: Any = small.get_submodule(name)
-        pad.padding = tuple(padded_widths(pad.padding, dim, mask[units]))
+        if name in copies:
+            pad: Any = copies[name]
+            pad.padding = tuple(padded_widths(pad.padding, dim, mask[units]))
 
 
 def _sequences(

@@ -103,10 +103,11 @@ def _form_groups(
     generator = torch.Generator().manual_seed(0)
     signature = torch.zeros(n_classes, dtype=torch.int64)
     for ids in axes.values():
-        signature += ids.bincount(minlength=n_classes) * _hash(generator)
+        signature.index_add_(0, ids, torch.full_like(ids, _hash(generator)))
     reasons = {"": 0} | {reason: _hash(generator) for reason in dict.fromkeys(frozen.values())}
-    for root, why in frozen.items():
-        signature[root] += reasons[why]
+    if frozen:
+        why = torch.tensor([reasons[reason] for reason in frozen.values()])
+        signature.index_add_(0, torch.tensor(list(frozen)), why)
     members: dict[str, Tensor] = {}
     seen = torch.zeros(n_classes, dtype=torch.bool)
     seen[0] = True
