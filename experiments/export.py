@@ -78,7 +78,8 @@ def export(
     """Writes the network of a record, with its card, and returns what was measured.
 
     The network is rebuilt as the search evaluated it and must have the record's metrics again;
-    the test split is read once; the written folder is loaded again and its outputs are compared
+    then it is reconstructed on more examples, where the problem has them. The test split is read
+    once; the written folder is loaded again and its outputs are compared
     before it gets its name. After an error nothing is left of it.
 
     Args:
@@ -100,9 +101,13 @@ def export(
         raise ValueError(f"trial {record.number} did not complete, so there is no network of it.")
     progress("rebuilding the network")
     graph = trace(problem.model, problem.example_inputs)
-    small = Evaluator(problem, graph).network(record.plan, seed)
+    evaluator = Evaluator(problem, graph)
+    rebuilt = evaluate(evaluator.network(record.plan, seed), problem.validation, problem.loss)
+    _check_metrics(record, record.outcome, rebuilt)
+    if problem.refit is not None:
+        progress("reconstructing it on more examples")
+    small = evaluator.final(record.plan, seed)
     search_metrics = evaluate(small, problem.validation, problem.loss)
-    _check_metrics(record, record.outcome, search_metrics)
     dense, small = copy.deepcopy(problem.model).cpu().eval(), small.cpu().eval()
     inputs, _ = next(iter(problem.validation))
     with _new_folder(directory) as folder:

@@ -235,6 +235,7 @@ def _problem(name: str, network: Network, data: Data, splits: Splits) -> Problem
         picked(inputs, torch.arange(2)),
         calibration=splits.calibration,
         recalibration=splits.recalibration,
+        refit=splits.refit,
         validation=splits.validation,
         test=data.test,
         name=name,

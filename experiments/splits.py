@@ -25,10 +25,11 @@ class Sizes:
     calibration: int = 1000
     recalibration: int = 2000
     validation: int = 4000
+    refit: int = 2000
 
 
 SMALL_IMAGES = Sizes()
-LARGE_IMAGES = Sizes(calibration=512, recalibration=1024, validation=2048)
+LARGE_IMAGES = Sizes(calibration=512, recalibration=1024, validation=2048, refit=1024)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Splits:
         calibration: Plain examples for criteria and reconstruction, class-balanced.
         recalibration: Examples with the training augmentation, for BatchNorm statistics,
             class-balanced; those of `calibration` are among them.
+        refit: Plain examples for the last reconstruction of a chosen network; those of
+            `calibration` come first.
         validation: The search split, with the class proportions of the training set; shares no
             example with the two others.
         training: Positions of every example outside `validation`, shape (n,).
@@ -101,6 +104,7 @@ class Splits:
 
     calibration: list[Batch]
     recalibration: list[Batch]
+    refit: Batches
     validation: list[Batch]
     training: Tensor
 
@@ -134,6 +138,7 @@ def split(source: Source, *, seed: int, seen: bool = False, sizes: Sizes | None 
     return Splits(
         calibration=list(Batches(source, training[: sizes.calibration], batch_size)),
         recalibration=[float32(source.read(part, generator)) for part in augmented],
+        refit=Batches(source, training[: sizes.refit], batch_size),
         validation=[
             float32(source.read(part, generator if seen else None))
             for part in validation.split(batch_size)

@@ -142,11 +142,10 @@ def check_problem(problem: Problem) -> None:
         ValueError: If a split is empty or can be read only once, or if the loss does not accept
             the model's outputs with the targets.
     """
-    splits = {"calibration": problem.calibration, "validation": problem.validation}
-    if problem.recalibration is not None:
-        splits["recalibration"] = problem.recalibration
-    for name, batches in splits.items():
-        _check_batch(problem, name, _first(name, batches))
+    for name in ("calibration", "validation", "recalibration", "refit"):
+        batches = getattr(problem, name)
+        if batches is not None:
+            _check_batch(problem, name, _first(name, batches))
 
 
 def _first(name: str, batches: Iterable[Batch]) -> Batch:

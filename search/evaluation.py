@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ from paretoprune.surgery.inputs import gather_inputs
 
 SIMILAR_IMAGES = 512
 """Examples on which a candidate is compared with the dense network."""
+FINAL_IMAGES = 2000
+"""Examples on which the network that is handed out is reconstructed, at most."""
+FINAL_SAMPLES = 32768
+"""Output positions per layer of that reconstruction, at most."""
 Evaluate = Callable[[PruningPlan, int], Mapping[str, float]]
 """(plan, seed) -> metrics, among them every objective and `macs`; picklable, to reach workers."""
 
@@ -102,8 +106,9 @@ class Evaluator:
         self._dense: tuple[nn.Module, Reconstructor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # every worker computes its dense side itself
-        return {**self.__dict__, "_dense": None, "_features": None}
+        # every worker computes its dense side itself, and reads two splits alone
+        problem = replace(self._problem, recalibration=None, refit=None, test=None)
+        return {**self.__dict__, "_problem": problem, "_dense": None, "_features": None}
 
     def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
         """Returns `loss` and, for a classifier, `accuracy` on the search split, `macs`, `params`.
@@ -133,6 +138,32 @@ class Evaluator:
             torch.manual_seed(seed)
             model, reconstruct = self._dense or self._prepare()
             return reconstruct(prune(model, self._graph, plan), plan)
+
+    def final(self, plan: PruningPlan, seed: int) -> nn.Module:
+        """Returns the network of a plan as it is handed out.
+
+        That is `network`, or the same reconstructed on the examples of `problem.refit`, which is
+        slower: whichever has the lower loss on the search split.
+
+        Args:
+            plan: What to keep.
+            seed: Seed of torch's generators; the caller's are left as they were.
+        """
+        candidate = self.network(plan, seed)
+        if self._problem.refit is None:
+            return candidate
+        model, _ = self._dense or self._prepare()
+        more = Moved(self._problem.refit, device_of(model))
+        reconstruct = Reconstructor(
+            model, self._graph, more, images=FINAL_IMAGES, samples=FINAL_SAMPLES
+        )
+        refitted = reconstruct(prune(model, self._graph, plan), plan)
+        _give_back_memory()
+        losses = [
+            evaluate(network, self._problem.validation, self._problem.loss)["loss"]
+            for network in (candidate, refitted)
+        ]
+        return refitted if losses[1] < losses[0] else candidate
 
     def _dense_features(self) -> tuple[Any, Tensor]:
         model, _ = self._dense or self._prepare()

@@ -52,6 +52,8 @@ class Problem:
             which candidates are compared. Never the test split.
         recalibration: A re-iterable of training batches with the training augmentation, for
             BatchNorm statistics; None takes `calibration`.
+        refit: A re-iterable of batches like those of `calibration`, and more of them, on which
+            the network that is handed out is reconstructed once more; None for none.
         test: Called once, for the final report, returns a re-iterable of test batches; None
             where there is no test split.
         loss: (outputs, targets) -> scalar mean loss.
@@ -66,6 +68,7 @@ class Problem:
     calibration: Iterable[Batch]
     validation: Iterable[Batch]
     recalibration: Iterable[Batch] | None = None
+    refit: Iterable[Batch] | None = None
     test: Callable[[], Iterable[Batch]] | None = None
     loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
     name: str = "model"

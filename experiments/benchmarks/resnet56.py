@@ -79,6 +79,9 @@ def measure(problem: Problem, flops: float, trials: int, seed: int) -> Iterator[
     def recovered(plan: PruningPlan) -> nn.Module:
         return evaluator.network(plan, seed)
 
+    def final(plan: PruningPlan) -> nn.Module:
+        return evaluator.final(plan, seed)
+
     def recalibrated(plan: PruningPlan) -> nn.Module:
         small = prune(problem.model, graph, plan)
         return recalibrate(small, problem.recalibration or problem.calibration)
@@ -90,12 +93,15 @@ def measure(problem: Problem, flops: float, trials: int, seed: int) -> Iterator[
     assert best.plan is not None, "a record of the front has a plan"
     seconds = time.perf_counter() - start
     label = f"{best.candidate.criterion}, {best.candidate.allocation}, {best.origin}"
-    yield row(problem, graph, flops, "search", label, best.plan, recovered, trials, seconds)
+    yield row(problem, graph, flops, "search", label, best.plan, final, trials, seconds)
 
     start = time.perf_counter()
     plans = dict(one_shot_plans(problem, graph, flops))
     ranking = time.perf_counter() - start
-    for method, build in (("one-shot", recovered), ("recalibrated", recalibrated)):
+    for method, build, handed_out in (
+        ("one-shot", recovered, final),
+        ("recalibrated", recalibrated, recalibrated),
+    ):
         start = time.perf_counter()
         losses = {
             name: evaluate(build(plan), problem.validation, problem.loss)["loss"]
@@ -103,7 +109,9 @@ def measure(problem: Problem, flops: float, trials: int, seed: int) -> Iterator[
         }
         name = min(losses, key=lambda name: losses[name])
         seconds = ranking + time.perf_counter() - start
-        yield row(problem, graph, flops, method, name, plans[name], build, len(plans), seconds)
+        yield row(
+            problem, graph, flops, method, name, plans[name], handed_out, len(plans), seconds
+        )
 
 
 def one_shot_plans(

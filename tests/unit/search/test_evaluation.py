@@ -148,3 +148,36 @@ def test_cka_can_be_an_objective(problem: Problem) -> None:
     layers[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     small(inputs)
     assert torch.equal(penultimate_features(small, graph, inputs, removed), seen[0])
+
+
+def test_what_is_handed_out_is_the_better_of_two_reconstructions(
+    problem: Problem, plan: PruningPlan
+) -> None:
+    graph = trace(problem.model, problem.example_inputs)
+    inputs, targets = next(iter(problem.calibration))
+    few = replace(problem, calibration=[(inputs[:16], targets[:16])])
+
+    def loss_of(given: Problem) -> float:
+        final = Evaluator(given, graph).final(plan, 0)
+        return evaluate(final, given.validation, given.loss)["loss"]
+
+    candidate = Evaluator(few, graph)(plan, 0)["loss"]
+    whole = Evaluator(problem, graph)(plan, 0)["loss"]
+    assert whole != pytest.approx(candidate, rel=1e-4)
+    assert loss_of(few) == candidate
+    better, worse = sorted(
+        (few, problem), key=lambda each: Evaluator(each, graph)(plan, 0)["loss"]
+    )
+    lowest = min(candidate, whole)
+    for first, second in ((better, worse), (worse, better)):
+        given = replace(first, refit=second.calibration)
+        assert loss_of(given) == pytest.approx(lowest, rel=1e-5)
+
+
+def test_workers_are_sent_no_data_that_they_do_not_read(problem: Problem) -> None:
+    heavy = torch.zeros(1_000_000)
+    batches = [(heavy, torch.zeros(1))]
+    graph = trace(problem.model, problem.example_inputs)
+    given = replace(problem, refit=batches, recalibration=batches, test=lambda: batches)
+    lean = pickle.dumps(Evaluator(problem, graph))
+    assert len(pickle.dumps(Evaluator(given, graph))) < len(lean) + 1000
