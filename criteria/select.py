@@ -23,7 +23,6 @@ def select(
     ratios: Mapping[str, float] | None = None,
     removed: tuple[str, ...] = (),
     allocation: Allocation = "global",
-    offsets: Mapping[str, float] | None = None,
     blocks: Mapping[str, float] | None = None,
     minimum: int = 1,
 ) -> PruningPlan:
@@ -31,7 +30,7 @@ def select(
 
     With a `budget`, units leave in ascending priority until the MACs fit; the last percent is
     filled with the best units that still fit. The priority of a unit is the quantile of its
-    saliency among all units (`global`) or within its group (`uniform`), plus its group's offset.
+    saliency among all units (`global`) or within its group (`uniform`).
     With `ratios`, each group loses its own share. Equal saliencies leave in unit order, and counts
     are exact. Every group keeps at least `minimum` units, or all if it has fewer.
 
@@ -47,7 +46,6 @@ def select(
         ratios: Pruning ratio by group name, in [0, 1); a group not named is kept whole.
         removed: Blocks that are removed whole; their inner groups are not ranked.
         allocation: `global` or `uniform`.
-        offsets: By group name, added to the priorities of its units; positive keeps more.
         blocks: Saliencies of removable blocks that may leave too, from `block_saliency`.
         minimum: Units that every group keeps at least, 1 or more.
 
@@ -75,11 +73,11 @@ def select(
         if graph.cost(PruningPlan(removed=more)).macs <= 0.99 * target:
             break
         priority = _block_priority(groups, saliency, (blocks or {})[block])
-        units = _priorities(groups, saliency, allocation, offsets or {})
+        units = _priorities(groups, saliency, allocation)
         if threshold(Allowance(graph, groups, removed, minimum), units, target) <= priority:
             break
         removed, groups = more, rankable(graph, more)
-    priorities = _priorities(groups, saliency, allocation, offsets or {})
+    priorities = _priorities(groups, saliency, allocation)
     allowance = Allowance(graph, groups, removed, minimum)
     _check_reachable(allowance, target)
     kept = fit(allowance, priorities, target)
@@ -199,22 +197,15 @@ def _priorities(
     groups: tuple[PrunableGroup, ...],
     saliency: Mapping[str, Tensor],
     allocation: Allocation,
-    offsets: Mapping[str, float],
 ) -> list[Tensor]:
     """Returns, per group, the priority of each unit, shape (group.size,); lowest leaves first."""
     scores = [_scores(saliency, group) for group in groups]
     if allocation == "global":
-        quantiles = (
-            list(_quantiles(torch.cat(scores)).split([g.size for g in groups])) if groups else []
-        )
-    elif allocation == "uniform":
-        quantiles = [_quantiles(values) for values in scores]
-    else:
-        raise ValueError(f"allocation is 'global' or 'uniform', but got {allocation!r}.")
-    return [
-        values + offsets.get(group.name, 0.0)
-        for group, values in zip(groups, quantiles, strict=True)
-    ]
+        sizes = [group.size for group in groups]
+        return list(_quantiles(torch.cat(scores)).split(sizes)) if groups else []
+    if allocation == "uniform":
+        return [_quantiles(values) for values in scores]
+    raise ValueError(f"allocation is 'global' or 'uniform', but got {allocation!r}.")
 
 
 def _quantiles(values: Tensor) -> Tensor:

@@ -92,7 +92,9 @@ def search(
             help="Criteria that may rank units; see [bold]paretoprune criteria[/bold].",
         ),
     ] = "obs,obs_per_mac,taylor",
-    sampler: Annotated[str, typer.Option(help="tpe, nsga2, nsga3, gp or random.")] = "tpe",
+    sampler: Annotated[
+        str, typer.Option(help="damage, or Optuna's tpe, nsga2, nsga3, gp or random.")
+    ] = "damage",
     seed: Seed = 0,
     workers: Annotated[
         int | None,

@@ -46,7 +46,7 @@ class SearchOptions:
     weights: str | None = None
     trials: int = 100
     criteria: str = "obs,obs_per_mac,taylor"
-    sampler: str = "tpe"
+    sampler: str = "damage"
     seed: int = 0
     workers: int | None = None
     address: str | None = None

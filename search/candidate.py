@@ -16,8 +16,8 @@ class Candidate:
         budget: Fraction of the dense network's MACs that the plan may keep, in (0, 1].
         allocation: `global` ranks all units together, `joint` units and blocks together;
             `uniform` takes the same share of every group.
-        offsets: Per group, added to the priorities of its units before ranking, in units of the
-            base allocation's quantiles: positive keeps more of the group. Missing is 0.
+        offsets: Per group, added to the logarithms of its units' saliencies before ranking:
+            positive keeps more of the group. Missing is 0.
         removed: Names of the blocks that are removed whole.
     """
 

@@ -14,8 +14,10 @@ from paretoprune.search.objectives import MEASURED
 from paretoprune.search.problem import Batch, Problem
 from paretoprune.surgery import InfeasibleBudget, PruningGraph
 
-SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random")
-"""Names of the samplers, all of Optuna."""
+DAMAGE = "damage"
+"""The sampler of `search.damage`."""
+SAMPLERS = (DAMAGE, "tpe", "nsga2", "nsga3", "gp", "random")
+"""Names of the samplers: our own, then Optuna's."""
 
 
 def check_flops(flops: float | int) -> None:

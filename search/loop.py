@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def search(
     *,
     criteria: Sequence[str] | Mapping[str, Criterion] = ("obs", "obs_per_mac", "taylor"),
     objectives: Sequence[str] = ("loss", "macs"),
-    sampler: str = "tpe",
+    sampler: str = "damage",
     seed: int = 0,
     workers: int | None = None,
     address: str | None = None,
@@ -61,7 +62,8 @@ def search(
         criteria: Names in `CRITERIA`, or criteria by a name of your own.
         objectives: Names of the metrics to optimise, two or more: `loss`, `accuracy`, `macs`,
             `params`, `cka` (similarity of the last features to the dense network's).
-        sampler: `tpe`, `nsga2`, `nsga3`, `gp` or `random`.
+        sampler: `damage` (see `search.damage`), or Optuna's `tpe`, `nsga2`, `nsga3`, `gp` or
+            `random`.
         seed: Seed of the sampler and of every evaluation; with one worker the same seed gives the
             same search.
         workers: Evaluations at a time on Ray; None takes one per core, or up to four per GPU; 0
@@ -105,10 +107,19 @@ def search(
         stack.callback(study.close)
         prepared = prepare(problem, request, folder, study)
         space = prepared.space
-        study.begin(space.seeds(trials), prepared.info.target, space.fixed)
+        history = study.records()
         following = _Following(prepared.info, listeners)
+
+        def finished(record: Record) -> None:
+            history.append(record)
+            following(record)
+
+        decide = space.fixed
+        if sampler == checks.DAMAGE:
+            decide = partial(prepared.damage_model(seed), history)
+        study.begin(space.seeds(trials), prepared.info.target, decide)
         searcher = Searcher(
-            study, Decisions(space.suggest, prepared.decode), trials, seed, following
+            study, Decisions(space.suggest, prepared.decode), trials, seed, finished
         )
         return following.run(
             _executor(workers, address, gpus_per_trial, trial_timeout),

@@ -12,6 +12,7 @@ from torch import nn
 from paretoprune.criteria import Criterion, SharedCalibration
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import check_reachable
+from paretoprune.search.damage import DamageModel
 from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.listener import SearchInfo
 from paretoprune.search.metrics import device_of, evaluate
@@ -71,6 +72,16 @@ class Prepared:
         """
         plan = self.space.decode(candidate, self.graph, self.saliencies)
         return plan, self.graph.cost(plan)
+
+    def damage_model(self, seed: int) -> DamageModel:
+        """Returns what proposes trials from finished ones.
+
+        Args:
+            seed: Seed of every proposal.
+        """
+        return DamageModel(
+            self.space, self.graph, self.saliencies, self.info.metrics["loss"], seed
+        )
 
 
 def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> Prepared:

@@ -15,7 +15,8 @@ and a sampler decides how many of that ranking go and by how much single blocks 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -30,8 +31,8 @@ LEVELS = (1.0, 0.85, 0.7, 0.55)
 """Budgets of the search as shares of its target; below the target so that a front appears."""
 MOST_OFFSETS = 40
 """Most offsets of one kind; more groups share theirs, more blocks have none."""
-OFFSET = 0.1
-"""Offsets lie in [-OFFSET, OFFSET], in quantiles of the base allocation."""
+OFFSET = 2.0
+"""Offsets lie in [-OFFSET, OFFSET]; they are added to the logarithms of saliencies."""
 SHIFT = 0.25
 """A block moves by at most this share of the ranking."""
 _NEGLIGIBLE = 0.001  # a group that frees less of the dense MACs gets no offset
@@ -116,7 +117,7 @@ class SearchSpace:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the space as plain values: two searches with equal ones can share a study."""
-        values = {**vars(self), "ties": dict(self.ties)} | {
+        values = {**vars(self), "ties": dict(self.ties), "offset": OFFSET} | {
             name: list(getattr(self, name))
             for name in ("criteria", "levels", "blocks", "allocations")
         }
@@ -139,7 +140,7 @@ class SearchSpace:
         }
         return Candidate(
             criterion=criterion,
-            budget=self._budget(level),
+            budget=self.budget(level),
             allocation=allocation,
             offsets={group: tied[tie] for group, tie in self.ties.items()},
             removed=self._suggest_removed(trial),
@@ -172,13 +173,13 @@ class SearchSpace:
             trials: How many trials the search has.
         """
         shots = [
-            self._parameters(criterion, level, allocation)
+            self.parameters(criterion, level, allocation)
             for level in self.levels
             for allocation in self.allocations
             for criterion in self.criteria
         ]
         shots.extend(
-            self._parameters(self.criteria[0], 1.0, "global", count)
+            self.parameters(self.criteria[0], 1.0, "global", count)
             for count in _BLOCK_SEEDS
             if count <= self.most_removed
         )
@@ -215,18 +216,24 @@ class SearchSpace:
         """
         target = round(candidate.budget * self.dense)
         removed = self._repaired(graph, candidate.removed, target)
+        saliency = saliencies[candidate.criterion]
+        if candidate.allocation == "uniform" and not any(candidate.offsets.values()):
+            return select(graph, saliency, budget=target, removed=removed, allocation="uniform")
+        base = base_saliency(saliency, candidate.allocation)
+        factors = {name: math.exp(candidate.offsets.get(name, 0.0)) for name in base}
+        blocks = None
+        if candidate.allocation == "joint":
+            zero = _zero(saliency)
+            blocks = {
+                name: (score - zero) * _mean(factors[group] for group in graph.blocks[name].groups)
+                for name, score in self.block_saliencies[candidate.criterion].items()
+            }
         return select(
             graph,
-            saliencies[candidate.criterion],
+            {name: values * factors[name] for name, values in base.items()},
             budget=target,
             removed=removed,
-            allocation="uniform" if candidate.allocation == "uniform" else "global",
-            offsets=candidate.offsets,
-            blocks=(
-                self.block_saliencies[candidate.criterion]
-                if candidate.allocation == "joint"
-                else None
-            ),
+            blocks=blocks,
         )
 
     def _repaired(
@@ -240,13 +247,21 @@ class SearchSpace:
             chosen.append(others.pop(0))
         return tuple(chosen)
 
-    def _budget(self, level: float) -> float:
+    def budget(self, level: float) -> float:
+        """Returns a level as a share of the dense MACs."""
         return int(level * self.target) / self.dense
 
-    def _parameters(
+    def parameters(
         self, criterion: str, level: float, allocation: str, removed: int = 0
     ) -> dict[str, Any]:
-        """Returns all parameters of a candidate that departs from no base allocation."""
+        """Returns all parameters of a candidate that departs from no base allocation.
+
+        Args:
+            criterion: Name of the criterion.
+            level: Budget as a share of the target.
+            allocation: Base allocation.
+            removed: How many blocks of the ranking go.
+        """
         parameters: dict[str, Any] = {
             "criterion": criterion,
             "budget": level,
@@ -257,6 +272,32 @@ class SearchSpace:
             parameters[_BLOCKS] = 1 + removed
             parameters.update({f"block/{block}": 0.0 for block in self._movable()})
         return parameters
+
+
+def base_saliency(saliency: Mapping[str, Tensor], allocation: str) -> dict[str, Tensor]:
+    """Returns the saliencies, from 0 up, whose global ranking is a base allocation.
+
+    Args:
+        saliency: Of a criterion, by group; shape (group.size,).
+        allocation: For `uniform` they are the ranks within each group, as shares of it.
+    """
+    if allocation == "uniform":
+        return {
+            name: (values.argsort(stable=True).argsort() + 0.5).double() / len(values)
+            for name, values in saliency.items()
+        }
+    zero = _zero(saliency)
+    return {name: values.double() - zero for name, values in saliency.items()}
+
+
+def _zero(saliency: Mapping[str, Tensor]) -> float:
+    """Returns the lowest saliency where it is negative, else 0."""
+    return min(0.0, *(float(values.min()) for values in saliency.values()))
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 1.0
 
 
 def _without(graph: PruningGraph, removed: Sequence[str]) -> int:

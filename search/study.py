@@ -34,6 +34,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import TrialState
 
+from paretoprune.search.checks import DAMAGE
 from paretoprune.search.errors import RunLocked, StoreFailed
 from paretoprune.search.journal import JournalFile, lock
 from paretoprune.search.objectives import MEASURED
@@ -62,6 +63,7 @@ def _population(trials: int) -> int:
 
 _SAMPLERS: Mapping[str, Callable[[int, int], BaseSampler]] = MappingProxyType(
     {
+        DAMAGE: lambda seed, trials: RandomSampler(seed=seed),  # of what the model leaves open
         "tpe": lambda seed, trials: TPESampler(seed=seed, multivariate=True),
         "nsga2": lambda seed, trials: NSGAIISampler(
             seed=seed, population_size=_population(trials)

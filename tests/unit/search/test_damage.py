@@ -1,0 +1,125 @@
+"""The damage model: it finds out which groups matter, and says so in offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from paretoprune.criteria import CRITERIA
+from paretoprune.search import Candidate, Completed, Failed, Problem, Record, SearchSpace
+from paretoprune.search.damage import DamageModel, likeliest
+from paretoprune.search.space import OFFSET
+from paretoprune.surgery import PruningGraph, PruningPlan, trace
+from tests.unit.search.test_space import Suggests
+
+Saliencies = Mapping[str, Mapping[str, Tensor]]
+DENSE = 0.1
+
+
+@pytest.fixture
+def graph(problem: Problem) -> PruningGraph:
+    return trace(problem.model, problem.example_inputs)
+
+
+@pytest.fixture
+def saliencies(problem: Problem, graph: PruningGraph) -> Saliencies:
+    return {"l2": CRITERIA["l2"]()(problem.model, graph, problem.calibration)}
+
+
+@pytest.fixture
+def space(graph: PruningGraph, saliencies: Saliencies) -> SearchSpace:
+    return SearchSpace.of(graph, saliencies, graph.cost().macs // 2, list(graph.blocks))
+
+
+class Truth:
+    """A network whose loss grows with the units that groups lose, in one group above all."""
+
+    def __init__(self, graph: PruningGraph, sore: str) -> None:
+        self.graph = graph
+        self.sore = sore
+
+    def loss(self, plan: PruningPlan) -> float:
+        gone = {
+            g.name: g.size - len(plan.kept.get(g.name, range(g.size)))
+            for g in self.graph.open_groups
+        }
+        gone |= {
+            n: self.graph.groups[n].size for b in plan.removed for n in self.graph.blocks[b].groups
+        }
+        return DENSE + sum(n * (1.0 if name == self.sore else 0.02) for name, n in gone.items())
+
+    def record(self, number: int, candidate: Candidate, plan: PruningPlan) -> Record:
+        cost = self.graph.cost(plan)
+        metrics = {"loss": self.loss(plan), "macs": cost.macs, "params": cost.params}
+        return Record(number, candidate, plan, cost, Completed(metrics, 0.1))
+
+
+def search_with(
+    model: DamageModel, truth: Truth, space: SearchSpace, saliencies: Saliencies, trials: int
+) -> list[Record]:
+    """Returns the records of a search that the model leads, after the one-shot plans."""
+    records: list[Record] = []
+    seeds = [{**seed} for seed in space.seeds(6)]
+    for number in range(trials):
+        parameters = seeds[number] if number < len(seeds) else model(records, number)
+        candidate = space.suggest(Suggests(parameters))
+        plan = space.decode(candidate, truth.graph, saliencies)
+        records.append(truth.record(number, candidate, plan))
+    return records
+
+
+def test_it_spares_the_group_that_matters(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    for sore in list(space.ties)[:3]:
+        truth = Truth(graph, sore)
+        model = DamageModel(space, graph, saliencies, DENSE, seed=0)
+        records = search_with(model, truth, space, saliencies, 40)
+        at_target = [r for r in records if r.candidate.budget == space.budget(1.0)]
+        losses = [truth.loss(r.plan) for r in at_target if r.plan is not None]
+        assert min(losses[3:]) < min(losses[:3])
+        assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:3])
+        late = [r.candidate.offsets for r in records[25:]]
+        others = [tie for tie in space.ties if tie != sore]
+        assert np.mean([o[sore] for o in late]) > np.mean([[o[t] for t in others] for o in late])
+
+
+def test_proposals_are_whole_decisions_within_the_space_and_repeat(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    truth = Truth(graph, next(iter(space.ties)))
+    model = DamageModel(space, graph, saliencies, DENSE, seed=3)
+    records = search_with(model, truth, space, saliencies, 12)
+    again = DamageModel(space, graph, saliencies, DENSE, seed=3)
+    for number in range(12, 20):
+        proposal = model(records, number)
+        assert proposal.keys() == space.seeds(1)[0].keys()
+        assert proposal == again(records[::-1], number)
+        assert proposal["budget"] == space.fixed(number)["budget"]
+        offsets = [value for name, value in proposal.items() if name.startswith("offset/")]
+        assert max(map(abs, offsets)) <= OFFSET
+        space.suggest(Suggests(proposal))  # asserts every bound
+    other = DamageModel(space, graph, saliencies, DENSE, seed=4)
+    assert other(records, 12) != model(records, 12)
+
+
+def test_failures_teach_nothing_and_without_records_only_the_budget_is_decided(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    model = DamageModel(space, graph, saliencies, DENSE, seed=0)
+    failed = Record(0, Candidate("l2", 0.5), PruningPlan(), graph.cost(), Failed("no"))
+    assert model([failed], 1) == space.fixed(1)
+
+
+def test_the_posterior_comes_close_to_true_coefficients() -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.uniform(0.3, 3, 8)
+    claims = generator.uniform(0, 0.3, (200, 8))
+    mean, precision = likeliest(claims, claims @ truth)
+    assert np.abs(mean - truth).max() < 0.2
+    few, loose = likeliest(claims[:2], claims[:2] @ truth)
+    assert np.linalg.det(loose) < np.linalg.det(precision)
+    assert np.abs(few - 1).max() < np.abs(truth - 1).max()
