@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 from paretoprune.criteria import CRITERIA, Criterion, SharedCalibration
 from paretoprune.criteria.random import Random
 from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.benchmarks.rows import append, read
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Ranking, Shot
 from paretoprune.experiments.comparison_plot import comparison_png
 from paretoprune.experiments.models import ResNet, resnet20, resnet56
@@ -89,22 +89,6 @@ def main() -> None:
             if ("torch-pruning", name, str(seed)) not in done:
                 append(out, theirs(problem, name, seed, targets, options.images))
     draw(read(out), out.with_suffix(".png"))
-
-
-def read(file: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV; none where there is no file."""
-    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
-
-
-def append(file: Path, rows: Iterator[Row]) -> None:
-    """Adds rows to a CSV once all of them are measured."""
-    measured = list(rows)
-    new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, list(measured[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(measured)
 
 
 def ours(

@@ -1,0 +1,281 @@
+"""The search beside one-shot pruning and beside itself without each of its parts.
+
+    python -m paretoprune.experiments.benchmarks.search figures --data cifar10:DIR --weights FILE
+    python -m paretoprune.experiments.benchmarks.search parts --data cifar10:DIR --weights FILE
+
+`figures` searches for every FLOPs target with every seed (of the data splits and of the search)
+and tests three networks, each chosen by its loss on the search split, once:
+
+- `search`: the best of the search;
+- `one-shot`: the best of all criteria, ranked globally and uniformly, with the same recovery;
+- `recalibrated`: likewise, with BatchNorm recalibration as the only recovery.
+
+`parts` gives the whole search and searches that lack one part, or have another sampler, equally
+many trials at one target, and writes how the best loss and the hypervolume (of loss and MACs)
+grow with trials and time. Nothing is tested there.
+
+Both go on where they were stopped: rows that are in the CSV are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from paretoprune.criteria import CRITERIA, select
+from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.benchmarks.rows import append, has
+from paretoprune.experiments.recipes import build_problem
+from paretoprune.search import (
+    Completed,
+    ParetoFront,
+    Problem,
+    Record,
+    SearchSpace,
+    evaluate,
+    search,
+)
+from paretoprune.search.damage import DamageModel
+from paretoprune.search.evaluation import Evaluator
+from paretoprune.search.ledger import Ledger
+from paretoprune.search.loop import JOURNAL
+from paretoprune.search.prepare import Prepared, Request, prepare
+from paretoprune.search.searcher import Decisions, Searcher
+from paretoprune.search.study import Study
+from paretoprune.search.workers import RayWorkers
+from paretoprune.surgery import (
+    InfeasibleBudget,
+    PruningGraph,
+    PruningPlan,
+    prune,
+    recalibrate,
+    trace,
+)
+
+RESULTS = Path(__file__).parents[1] / "results"
+SHOWN = (10, 20, 40, 60, 100, 200)
+"""After so many trials `parts` writes a row."""
+Row = dict[str, Any]
+Change = Callable[[SearchSpace], SearchSpace]
+
+
+def _whole(space: SearchSpace) -> SearchSpace:
+    return space
+
+
+PARTS: Mapping[str, tuple[str, Change, bool]] = MappingProxyType(
+    {
+        "search": ("damage", _whole, True),
+        "without seeds": ("damage", _whole, False),
+        "without offsets": ("random", lambda space: replace(space, ties={}), True),
+        "without blocks": (
+            "damage",
+            lambda space: replace(space, most_removed=0, block_saliencies={}),
+            True,
+        ),
+        "tpe": ("tpe", _whole, True),
+        "nsga2": ("nsga2", _whole, True),
+        "gp": ("gp", _whole, True),
+        "random": ("random", _whole, True),
+        "random without seeds": ("random", _whole, False),
+    }
+)
+"""Variants of the search: sampler, space, and whether it begins with one-shot plans."""
+
+
+def main() -> None:
+    """Runs the benchmark with the arguments of this process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("what", choices=("figures", "parts"))
+    parser.add_argument("--recipe", default="resnet56-cifar10")
+    parser.add_argument("--data", required=True, help="cifar10:DIR")
+    parser.add_argument("--weights", required=True, help="trained weights, .safetensors")
+    parser.add_argument("--flops", default="0.5,0.3,0.15", help="targets as fractions")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--variants", default=",".join(PARTS), help="of parts")
+    parser.add_argument("--cache", type=Path, default=Path("runs/.saliency"))
+    parser.add_argument("--out", type=Path, help="default: experiments/results/search-WHAT.csv")
+    options = parser.parse_args()
+    out = options.out or RESULTS / f"search-{options.what}.csv"
+    for seed in map(int, options.seeds.split(",")):
+        problem = build_problem(
+            options.recipe, data=options.data, weights=options.weights, seed=seed
+        )
+        for flops in map(float, options.flops.split(",")):
+            same = {"network": options.recipe, "flops": flops, "seed": seed}
+            if options.what == "figures":
+                if not has(out, same):
+                    found = figures(problem, flops, options.trials, seed, options.cache)
+                    append(out, [{**same, **row, **described()} for row in found])
+                continue
+            for variant in options.variants.split(","):
+                this = {**same, "variant": variant}
+                if not has(out, this):
+                    grown = parts(problem, flops, options.trials, seed, options.cache, variant)
+                    append(out, [{**this, **row, **described()} for row in grown])
+
+
+def figures(
+    problem: Problem, flops: float, trials: int, seed: int, saliency_dir: Path
+) -> Iterator[Row]:
+    """Yields one row per method for a FLOPs target (a fraction of the dense MACs)."""
+    graph = trace(problem.model, problem.example_inputs)
+    evaluator = Evaluator(problem, graph)
+
+    def recovered(plan: PruningPlan) -> nn.Module:
+        return evaluator.network(plan, seed)
+
+    def final(plan: PruningPlan) -> nn.Module:
+        return evaluator.final(plan, seed)
+
+    def recalibrated(plan: PruningPlan) -> nn.Module:
+        small = prune(problem.model, graph, plan)
+        return recalibrate(small, problem.recalibration or problem.calibration)
+
+    start = time.perf_counter()
+    front = search(problem, flops, trials, seed=seed, saliency_dir=saliency_dir)
+    best = front.best()
+    assert best.plan is not None, "a record of the front has a plan"
+    seconds = time.perf_counter() - start
+    label = f"{best.candidate.criterion}, {best.candidate.allocation}, {best.origin}"
+    yield tested(problem, graph, "search", label, best.plan, final, trials, seconds)
+
+    plans = dict(one_shot_plans(problem, graph, flops))
+    for method, build, handed_out in (
+        ("one-shot", recovered, final),
+        ("recalibrated", recalibrated, recalibrated),
+    ):
+        start = time.perf_counter()
+        losses = {
+            name: evaluate(build(plan), problem.validation, problem.loss)["loss"]
+            for name, plan in plans.items()
+        }
+        name = min(losses, key=lambda name: losses[name])
+        seconds = time.perf_counter() - start
+        yield tested(problem, graph, method, name, plans[name], handed_out, len(plans), seconds)
+
+
+def one_shot_plans(
+    problem: Problem, graph: PruningGraph, flops: float
+) -> Iterator[tuple[str, PruningPlan]]:
+    """Yields a plan for every quick criterion and allocation that reaches the target."""
+    for name in ("l1", "l2", "bn_scale", "taylor", "obs", "obs_per_mac"):
+        saliency = CRITERIA[name]()(problem.model, graph, problem.calibration)
+        for allocation in ("global", "uniform"):
+            try:
+                plan = select(graph, saliency, budget=flops, allocation=allocation)
+            except InfeasibleBudget:
+                continue
+            yield f"{name}, {allocation}", plan
+
+
+def tested(
+    problem: Problem,
+    graph: PruningGraph,
+    method: str,
+    chosen: str,
+    plan: PruningPlan,
+    build: Callable[[PruningPlan], nn.Module],
+    candidates: int,
+    seconds: float,
+) -> Row:
+    """Returns the row of a chosen plan; reads the test split."""
+    network = build(plan)
+    assert problem.test is not None, "CIFAR-10 has a test split"
+    split = evaluate(network, problem.validation, problem.loss)
+    return {
+        "method": method,
+        "chosen": chosen,
+        "macs_ratio": round(graph.cost(plan).macs / graph.cost().macs, 4),
+        "params_ratio": round(graph.cost(plan).params / graph.cost().params, 4),
+        "removed_blocks": len(plan.removed),
+        "search_loss": round(split["loss"], 4),
+        "search_accuracy": round(split["accuracy"], 4),
+        "test_accuracy": round(evaluate(network, problem.test(), problem.loss)["accuracy"], 4),
+        "candidates": candidates,
+        "seconds": round(seconds),
+    }
+
+
+def parts(
+    problem: Problem, flops: float, trials: int, seed: int, saliency_dir: Path, variant: str
+) -> Iterator[Row]:
+    """Yields, for growing numbers of trials, what a variant of the search has found."""
+    sampler, change, seeded = PARTS[variant]
+    names = ("obs", "obs_per_mac", "taylor")
+    request = Request(
+        flops, trials, {n: CRITERIA[n]() for n in names}, ("loss", "macs"), saliency_dir
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(
+            Path(folder) / JOURNAL, request.objectives, sampler=sampler, seed=seed, trials=trials
+        )
+        try:
+            prepared = prepare(problem, request, Path(folder), study)
+            prepared = replace(prepared, space=change(prepared.space))
+            timed = run(problem, prepared, study, sampler, seeded, trials, seed, Path(folder))
+        finally:
+            study.close()
+    dense = prepared.graph.cost().macs
+    records = [record for record, _ in timed]
+    for count in SHOWN:
+        if count > len(timed):
+            return
+        front = ParetoFront.of(records[:count], prepared.info.objectives)
+        losses = [
+            record.outcome.metrics["loss"]
+            for record in records[:count]
+            if isinstance(record.outcome, Completed)
+            and record.candidate.budget > 0.99 * prepared.info.target / dense
+        ]
+        yield {
+            "trials": count,
+            "seconds": round(timed[count - 1][1], 1),
+            "best_loss": round(min(losses), 4),
+            "hypervolume": round(front.hypervolume, 5),
+        }
+
+
+def run(
+    problem: Problem,
+    prepared: Prepared,
+    study: Study,
+    sampler: str,
+    seeded: bool,
+    trials: int,
+    seed: int,
+    folder: Path,
+) -> list[tuple[Record, float]]:
+    """Returns the records of a search as they came, each with the seconds since its start."""
+    start = time.perf_counter()
+    timed: list[tuple[Record, float]] = []
+    history: list[Record] = []
+
+    def finished(record: Record) -> None:
+        timed.append((record, time.perf_counter() - start))
+        history.append(record)
+
+    space = prepared.space
+    decide = space.fixed
+    if sampler == "damage":
+        dense = prepared.info.metrics["loss"]
+        model = DamageModel(space, prepared.graph, prepared.saliencies, dense, seed)
+        decide = partial(model, history)
+    study.begin(space.seeds(trials) if seeded else [], prepared.info.target, decide)
+    searcher = Searcher(study, Decisions(space.suggest, prepared.decode), trials, seed, finished)
+    RayWorkers()(searcher, Evaluator(problem, prepared.graph), Ledger(folder / "evals"))
+    return timed
+
+
+if __name__ == "__main__":
+    main()
