@@ -8,10 +8,13 @@ unit of equal saliency is taken from. So the claimed damage of a plan is, group 
 and the loss above the dense network's is claimed to be proportional to the sum of all D_g.
 Finished trials show how wrong that is: their losses are regressed on their D_g, with a coefficient
 per group that is 1 a priori (Bayesian linear regression; widths of prior and noise by their
-evidence). The next plan comes from coefficients drawn from the posterior (Thompson sampling): they
-multiply the saliencies, and the ranking then minimises the loss that the model expects at a
-budget. As in SPDY (Frantar & Alistarh, ICML 2022, arXiv:2201.13096), what is searched is how far
-to trust each layer's own error; here every trial teaches about all of them at once.
+evidence). Coefficients drawn from the posterior multiply the saliencies, and the ranking then
+minimises the loss that the model expects at a budget. As in SPDY (Frantar & Alistarh, ICML 2022,
+arXiv:2201.13096), what is searched is how far to trust each layer's own error; here every trial
+teaches about all of them at once.
+
+Damages only nearly add up, so every second plan, by chance, is a mutation of one of the best plans
+instead, in a few groups.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paretoprune.search.candidate import Candidate
 from paretoprune.search.record import Completed, Record
 from paretoprune.search.space import OFFSET, SearchSpace, base_saliency
 from paretoprune.surgery import PruningGraph, PruningPlan
@@ -32,8 +36,11 @@ WIDTHS = (0.5, 1.0, 2.0)
 """Standard deviations of a coefficient a priori; the likeliest is taken."""
 NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Standard deviations of what the model cannot explain, as shares of the loss above dense."""
+_BOLDNESS = 0.3  # of the draws, as a share of the posterior's standard deviation
 _BEST = 0.5  # chance that the best trial is the parent; else the next one, and so on
-_MUTATED = 0.15  # share of trials that remove a block more or less than their parent
+_GROUPS = 0.15  # share of the offsets that a mutation changes
+_STEP, _HALVED = 0.6, 30  # its standard deviation, and after how many trials it is halved
+_BLOCK = 0.15  # share of trials that remove a block more or less than their parent
 
 
 class DamageModel:
@@ -69,7 +76,7 @@ class DamageModel:
         """Returns all parameters of a trial.
 
         Its criterion, allocation and number of removed blocks are those of one of the best trials
-        at its budget; the offsets are drawn.
+        at its budget; the offsets are drawn or mutated.
 
         Args:
             records: The finished trials.
@@ -84,22 +91,18 @@ class DamageModel:
             return {"budget": level}
         generator = np.random.default_rng([self._seed, number])
         parent = self._parent(level, done, generator)
-        chosen = parent.candidate
-        alike = [
-            record
-            for record in done
-            if record.candidate.criterion == chosen.criterion
-            and (record.candidate.allocation == "uniform") == (chosen.allocation == "uniform")
-        ]
-        offsets = np.log(self._coefficients(alike, generator))
-        offsets -= offsets.mean()
-        removed = len(chosen.removed)
-        if generator.random() < _MUTATED:
+        if generator.random() < 0.5:
+            offsets = self._mutated(parent, len(done), generator)
+        else:
+            offsets = np.log(self._coefficients(_like(parent, done), generator))
+        offsets -= offsets.mean() if len(offsets) else 0.0
+        removed = len(parent.removed)
+        if generator.random() < _BLOCK:
             removed += generator.choice((-1, 1))
         parameters = self._space.parameters(
-            chosen.criterion,
+            parent.criterion,
             level,
-            chosen.allocation,
+            parent.allocation,
             int(np.clip(removed, 0, self._space.most_removed)),
         )
         return parameters | {
@@ -107,17 +110,27 @@ class DamageModel:
             for tie, value in zip(self._ties, offsets.clip(-OFFSET, OFFSET), strict=True)
         }
 
+    def _mutated(self, parent: Candidate, trials: int, generator: np.random.Generator) -> Array:
+        """Returns the parent's offsets with a few of them changed, shape (n_offsets,)."""
+        of_tie = {tie: parent.offsets.get(group, 0.0) for group, tie in self._space.ties.items()}
+        offsets = np.array([of_tie[tie] for tie in self._ties])
+        changed = generator.random(len(offsets)) < _GROUPS
+        if len(offsets):
+            changed[generator.integers(len(offsets))] = True
+        step = _STEP * 0.5 ** (trials / _HALVED)
+        return offsets + changed * generator.normal(scale=step, size=len(offsets))
+
     def _parent(
         self, level: float, done: Sequence[Record], generator: np.random.Generator
-    ) -> Record:
-        """Returns one of the best trials at a budget, or the nearest one, the best likeliest."""
+    ) -> Candidate:
+        """Returns one of the best decisions at a budget, or the nearest, the best likeliest."""
         budgets = sorted(
             {record.candidate.budget for record in done},
             key=lambda budget: abs(budget - self._space.budget(level)),
         )
         near = [record for record in done if record.candidate.budget == budgets[0]]
         near.sort(key=lambda record: (_loss(record), record.number))
-        return near[min(int(generator.geometric(_BEST)) - 1, len(near) - 1)]
+        return near[min(int(generator.geometric(_BEST)) - 1, len(near) - 1)].candidate
 
     def _coefficients(self, records: Sequence[Record], generator: np.random.Generator) -> Array:
         """Returns a draw of the coefficient of each offset, shape (n_offsets,)."""
@@ -131,7 +144,7 @@ class DamageModel:
             damage[at] /= max(damage[at].mean(), 1e-12)
         mean, precision = likeliest(claims, damage)
         factor = np.linalg.cholesky(precision)
-        draw = mean + np.linalg.solve(factor.T, generator.normal(size=len(mean)))
+        draw = mean + _BOLDNESS * np.linalg.solve(factor.T, generator.normal(size=len(mean)))
         return np.clip(draw, np.exp(-OFFSET), np.exp(OFFSET))
 
     def _claim(self, record: Record) -> Array:
@@ -159,6 +172,16 @@ class DamageModel:
                 for name, saved in self._saved.items()
             }
         return self._ladders[key]
+
+
+def _like(parent: Candidate, done: Sequence[Record]) -> list[Record]:
+    """Returns the trials whose damage is claimed by the same saliencies."""
+    return [
+        record
+        for record in done
+        if record.candidate.criterion == parent.criterion
+        and (record.candidate.allocation == "uniform") == (parent.allocation == "uniform")
+    ]
 
 
 def likeliest(claims: Array, damage: Array) -> tuple[Array, Array]:
