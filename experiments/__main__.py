@@ -200,7 +200,7 @@ def ui(
 
     found = server.tracked(runs_dir, run)
     if found.is_remote:
-        typer.echo(f"MLflow at {found.uri} shows {found.name}:\n{found.links(found.uri)}")
+        server.point_to(found, browse=browse, say=typer.echo)
     else:
         server.serve(found, port, browse=browse, say=typer.echo)
 

@@ -102,6 +102,8 @@ def _registered(
     where = json.loads(file.read_text())
     place = ExportPlace(where["uri"], where["experiment"], spec.id, record.number, problem.name)
     try:
-        return f"MLflow   {register_export(place, done.directory, done.model, example)}"
+        about = (done.directory / "README.md").read_text()
+        uri = register_export(place, done.directory, done.model, example, about)
+        return f"MLflow   {uri}"
     except Exception as error:  # the export is complete without it
         return f"MLflow   not registered: {one_line(error)}"

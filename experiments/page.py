@@ -1,11 +1,15 @@
-"""The interactive page of a search: front, table, pruning ratios and hypervolume; offline."""
+"""The interactive page of a search, offline: front, table, architecture, ratios, progress."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from paretoprune.experiments.architecture import architecture_figure
+from paretoprune.experiments.architecture import title as architecture_title
+from paretoprune.experiments.importance import caption, importance, importance_figure
 from paretoprune.experiments.plots import BUDGET, DENSE, FRONT, GONE, SEED, TRIAL
 from paretoprune.experiments.summary import (
     accuracy_range,
@@ -39,15 +43,13 @@ tr.dense td { color: #64748b; } .scroll { overflow-x: auto; }
 
 def front_page(view: SearchView) -> str:
     """Returns one self-contained HTML page, about 5 MB, that works offline."""
-    first, *others = [front_figure(view), ratios_figure(view), hypervolume_figure(view)]
-    front, ratios, volume = [
-        figure.to_html(
-            full_html=False,
-            include_plotlyjs=figure is first,
-            config={"displaylogo": False, "responsive": True},
-        )
-        for figure in (first, *others)
+    first, *others = [
+        front_figure(view),
+        _sized(architecture_figure(view), len(view.sizes)),
+        ratios_figure(view),
+        hypervolume_figure(view),
     ]
+    front, architecture, ratios, volume = [_html(first, library=True), *map(_html, others)]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(view.name)}: Pareto front</title>
 <meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>
@@ -59,6 +61,10 @@ Point at a mark for the trial behind it, drag to zoom, double-click to see every
 <h2>Members of the front</h2>
 <p>Export one with <code>paretoprune export RUN --trial N --to DIR</code>.</p>
 <div class="scroll">{_table(view)}</div>
+<h2>The best network</h2>
+<p>{escape(architecture_title(view))}. Groups in the order of the network, each with the channels
+of all layers that shrink together; it bears the name of the first of them.</p>
+{architecture}
 <h2>What the front removes from each group</h2>
 <p>One column per member, MACs falling; groups in the order of the network. A block that is removed
 whole is red.</p>
@@ -66,8 +72,31 @@ whole is red.</p>
 <h2>Hypervolume of the front over trials</h2>
 <p>How much of the space of loss and MACs the front dominates; it can only rise.</p>
 {volume}
+{_decisions(view)}
 </body></html>
 """
+
+
+def _html(figure: Any, *, library: bool = False) -> str:
+    """Returns a figure for the page; the first one brings plotly's code along."""
+    config = {"displaylogo": False, "responsive": True}
+    return str(figure.to_html(full_html=False, include_plotlyjs=library, config=config))
+
+
+def _sized(figure: Any, bars: int) -> Any:
+    """Returns a figure of horizontal bars in the style of the page."""
+    figure.update_layout(**_layout(min(150 + 20 * bars, 1800)))
+    figure.update_yaxes(automargin=True)
+    return figure
+
+
+def _decisions(view: SearchView) -> str:
+    """Returns the section about which decisions mattered; nothing where trials do not tell."""
+    found = importance(view)
+    if found is None:
+        return ""
+    figure = _html(_sized(importance_figure(found), len(found.shares)))
+    return f"<h2>Which decisions mattered</h2>\n<p>{escape(caption(found))}</p>\n{figure}"
 
 
 def front_figure(view: SearchView) -> Any:
@@ -188,10 +217,10 @@ def _landmarks(figure: Any, view: SearchView, name: str, at: int) -> None:
         figure.update_yaxes(type="log", tickvals=ticks, ticktext=labels, row=at, col=1)
     if name in view.dense_metrics:
         dense = view.dense_metrics[name] * (100 if name == "accuracy" else 1)
-        _dense(figure, view, dense, at)
+        _dense(figure, view, dense, at, log=name == "loss")
 
 
-def _dense(figure: Any, view: SearchView, value: float, at: int) -> None:
+def _dense(figure: Any, view: SearchView, value: float, at: int, *, log: bool) -> None:
     figure.add_scatter(
         x=[0, 100], y=[value, value], mode="lines+markers", row=at, col=1,
         line={"color": DENSE, "width": 1, "dash": "dot"},
@@ -199,6 +228,11 @@ def _dense(figure: Any, view: SearchView, value: float, at: int) -> None:
         name="dense network", legendgroup="dense", showlegend=at == 1,
         hovertemplate=f"<b>dense network</b><br>MACs {format_count(view.dense.macs)}, 100 %"
         f"<br>{value:.4g}<br>params {format_count(view.dense.params)}<extra></extra>",
+    )  # fmt: skip
+    figure.add_annotation(
+        x=0, xref="x domain", xanchor="left", y=math.log10(value) if log else value,
+        yanchor="bottom", text=f"dense network: {value:.4g}", showarrow=False,
+        font={"color": DENSE, "size": 12}, row=at, col=1,
     )  # fmt: skip
 
 
@@ -254,7 +288,7 @@ def hypervolume_figure(view: SearchView) -> Any:
     if seeds:
         figure.add_vrect(
             x0=-0.5, x1=max(seeds) + 0.5, fillcolor=SEED, opacity=0.1, line_width=0,
-            annotation_text="one-shot baselines", annotation_position="bottom left",
+            annotation_text="one-shot baselines", annotation_position="top left",
         )  # fmt: skip
     figure.update_layout(**_layout(320))
     figure.update_xaxes(title_text="trial")

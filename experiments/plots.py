@@ -30,7 +30,7 @@ GONE = "#be123c"
 def front_png(view: SearchView) -> Figure:
     """Returns accuracy and loss over the MACs share, with the front as a step line."""
     names = measured(view)
-    figure, axes = _figure(5.6 * max(len(names), 1) + 0.6, 4.9, max(len(names), 1))
+    figure, axes = new_figure(5.6 * max(len(names), 1) + 0.6, 4.9, max(len(names), 1))
     for axis, name in zip(axes, names, strict=False):
         _front_axis(axis, view, name)
     figure.suptitle(headline(view), x=0.012, ha="left", fontsize=11.5, fontweight="bold")
@@ -45,7 +45,8 @@ def front_png(view: SearchView) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float, columns: int) -> tuple[Figure, Sequence[Axes]]:
+def new_figure(width: float, height: float, columns: int) -> tuple[Figure, Sequence[Axes]]:
+    """Returns a figure of so many inches, and its empty axes side by side."""
     from matplotlib.figure import Figure as MatplotlibFigure  # no pyplot: no global state
 
     figure = MatplotlibFigure(figsize=(width, height), dpi=120, layout="constrained")
@@ -143,7 +144,7 @@ def ratios_png(view: SearchView) -> Figure:
     names, matrix = ratio_matrix(view)
     rows = view.front_rows
     height = min(max(2.8, 1.6 + 0.17 * len(names)), 14)
-    figure, (axis,) = _figure(min(max(6.4, 3.4 + 0.34 * len(rows)), 16), height, 1)
+    figure, (axis,) = new_figure(min(max(6.4, 3.4 + 0.34 * len(rows)), 16), height, 1)
     axis.grid(visible=False)
     # a group that stays keeps a unit, so 1 means that its block is gone
     colours = colormaps["Blues"].with_extremes(over=GONE)
@@ -168,7 +169,7 @@ def ratios_png(view: SearchView) -> Figure:
 
 def hypervolume_png(view: SearchView) -> Figure:
     """Returns the hypervolume of the front over trials."""
-    figure, (axis,) = _figure(6.8, 3.8, 1)
+    figure, (axis,) = new_figure(6.8, 3.8, 1)
     series = view.hypervolumes()
     axis.step([number for number, _ in series], [v for _, v in series], where="post", color=FRONT)
     seeds = [record.number for record in view.records if record.origin == "seed"]

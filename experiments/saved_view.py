@@ -44,7 +44,7 @@ def front_link(server: str, experiment_id: str, run_id: str) -> str:
 
 
 def _state(search_id: str) -> dict[str, Any]:
-    """Returns the runs page's state: the front's runs by MACs, and four charts."""
+    """Returns the runs page's state: the front's runs by MACs, and four charts of them."""
     section = "pareto-front"
     return {
         "searchFilter": f"tags.pareto = 'true' AND tags.search_id = '{search_id}'",
@@ -56,7 +56,7 @@ def _state(search_id: str) -> dict[str, Any]:
         "datasetsFilter": [],
         "selectedColumns": [
             *(f"metrics.`{name}`" for name in ("accuracy", "loss", "macs_ratio", "params")),
-            *(f"params.`{name}`" for name in ("criterion", "removed")),
+            *(f"params.`{name}`" for name in ("criterion", "allocation", "removed")),
         ],
         "runsHiddenMode": "SHOW_ALL",
         "runsPinned": [],
@@ -69,8 +69,9 @@ def _state(search_id: str) -> dict[str, Any]:
         "runListHidden": False,
         "isAccordionReordered": True,
         "compareRunCharts": [
-            _scatter("accuracy-over-macs", section, "accuracy"),
-            _scatter("loss-over-macs", section, "loss"),
+            _scatter("accuracy-over-macs", section, "macs_ratio", "accuracy"),
+            _scatter("loss-over-macs", section, "macs_ratio", "loss"),
+            _scatter("accuracy-over-params", section, "params", "accuracy"),
             {
                 **_chart("decisions", section, "PARALLEL"),
                 "selectedParams": ["criterion"],
@@ -102,9 +103,9 @@ def _chart(name: str, section: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _scatter(name: str, section: str, metric: str) -> dict[str, Any]:
+def _scatter(name: str, section: str, over: str, metric: str) -> dict[str, Any]:
     return {
         **_chart(name, section, "SCATTER"),
-        "xaxis": {"key": "macs_ratio", "type": "METRIC"},
+        "xaxis": {"key": over, "type": "METRIC"},
         "yaxis": {"key": metric, "type": "METRIC"},
     }

@@ -24,6 +24,7 @@ from paretoprune.experiments.saved_view import front_link, view_link
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 120.0
+_END_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,13 @@ def check_port(port: int) -> None:
             raise ValueError(f"port {port} is in use; choose another with --port.") from error
 
 
+def point_to(found: Tracked, *, browse: bool, say: Callable[[str], None]) -> None:
+    """Says where a server that is there already shows a search, and opens it on request."""
+    say(f"MLflow at {found.uri} shows {found.name}:\n{found.links(found.uri)}")
+    if browse:
+        webbrowser.open(front_link(found.uri, found.experiment, found.parent))
+
+
 def serve(found: Tracked, port: int, *, browse: bool, say: Callable[[str], None]) -> None:
     """Runs MLflow's server on the loopback address until Ctrl-C.
 
@@ -150,9 +158,18 @@ def _process(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], Pat
             yield process, log
         finally:
             signal.signal(signal.SIGTERM, before)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server and its workers; without the force it waits for every browser to leave."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

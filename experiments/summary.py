@@ -116,31 +116,37 @@ def ratio_matrix(view: SearchView) -> tuple[list[str], list[list[float]]]:
     return names, [[ratio.get(name, 0.0) for ratio in ratios] for name in names]
 
 
-def note(view: SearchView, run: str) -> str:
+def note(view: SearchView, run: str, asked: str = "", links: str = "") -> str:
     """Returns the description of a search in Markdown: its result, and how to read what is there.
 
     Args:
         view: The search.
         run: Name of its run.
+        asked: What was searched, as a clause such as `60 trials with obs and taylor`.
+        links: Where to go from here, as Markdown.
     """
     lines = [
+        *([links, ""] if links else []),  # MLflow's fold covers what comes later
         f"**{headline(view)}**",
         "",
-        f"{counts(view)}; {len(view.front_rows)} on the Pareto front. Target: at most "
-        f"{format_count(view.target)} MACs, {format_percent(view.target_ratio)} of the dense "
-        f"network. MACs are the papers' FLOPs (one multiply-accumulate = 1).",
+        f"{asked or 'Searched'}: {counts(view)}; {len(view.front_rows)} on the Pareto front. "
+        f"Budget: at most {format_count(view.target)} MACs, {format_percent(view.target_ratio)} "
+        f"of the dense network. MACs are the papers' FLOPs (one multiply-accumulate = 1).",
         "",
         "How to read this run:",
-        "- Artifacts, `pareto/front.html`: the front, point at a mark for its trial; pictures in "
-        "`front.png`, `ratios.png` and `hypervolume.png`, a table in `front.json`.",
-        "- Child runs: one per trial; `pareto = true` are the front. `macs_ratio` is the share of "
-        "the MACs that is left, `flops_reduction` what is gone, `pruning_ratio.*` the share of "
-        "units removed per stage, `plan.json` the exact decision.",
+        "- Artifacts, `pareto/front.html`: the front, point at a mark for its trial; then the "
+        "best network, the pruning ratios along the front, and, where there are trials enough to "
+        "tell, which decisions mattered. The same as pictures beside it; the table in "
+        "`front.json`.",
+        "- Child runs: one per trial, named `tTRIAL ACCURACY @ SHARE OF THE MACS`; filter "
+        "`tags.pareto = 'true'` for the front, which MLflow folds under this run. `macs_ratio` is "
+        "the share of the MACs that is left, `flops_reduction` what is gone, "
+        "`pruning_ratio.*` the share of units removed per stage, `plan.json` the exact decision.",
         "- `loss` and `accuracy` are measured on the search split: training data held out of "
         "calibration, not the test data. Trials are ranked by `loss`, because a trained network "
         "has often seen that split and its accuracy there saturates.",
         "- `origin = seed` marks the one-shot baselines that the search began with.",
         "",
-        f"Export the best: `paretoprune export {run} --to DIR`.",
+        f"Export the best: `paretoprune export {run} --to DIR`; it becomes a registered model.",
     ]
     return "\n".join(lines)

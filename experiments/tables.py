@@ -13,7 +13,7 @@ from rich.table import Table
 
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Completed, ParetoFront, Record
-from paretoprune.surgery import Cost
+from paretoprune.surgery import Cost, PruningPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,39 +157,58 @@ def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, fl
     return table
 
 
+def kept_units(
+    record: Record, sizes: Mapping[str, int], blocks: Mapping[str, Sequence[str]]
+) -> dict[str, int]:
+    """Returns how many units of each group a record keeps; 0 where the group's block is removed.
+
+    Args:
+        record: A record; without a plan it keeps everything.
+        sizes: Units per group of the dense network.
+        blocks: Groups inside each removable block; they go with it.
+    """
+    plan = record.plan or PruningPlan()
+    gone = {name for block in plan.removed for name in blocks.get(block, ())}
+    return {
+        name: 0 if name in gone else len(plan.kept.get(name, range(size)))
+        for name, size in sizes.items()
+    }
+
+
 def pruning_ratios(
     record: Record, sizes: Mapping[str, int], blocks: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
     """Returns the share of each group's units that a record removes, from 0 to 1.
 
     Args:
-        record: A record with a plan.
+        record: A record; without a plan it decided nothing.
         sizes: Units per group of the dense network.
         blocks: Groups inside each removable block; they go with it.
     """
-    plan = record.plan
-    if plan is None:
+    if record.plan is None:
         return {}
-    gone = {name for block in plan.removed for name in blocks.get(block, ())}
-    return {
-        name: 1.0 if name in gone else 1 - len(plan.kept.get(name, range(size))) / size
-        for name, size in sizes.items()
-    }
+    kept = kept_units(record, sizes, blocks)
+    return {name: 1 - kept[name] / size for name, size in sizes.items()}
 
 
-def stage_ratios(ratios: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
-    """Returns the mean pruning ratio of each stage, every unit counting once.
+def stage_of(names: Sequence[str]) -> dict[str, str]:
+    """Returns the stage of each group.
 
     A stage is the first part of a group's name where that gives two to six stages, else one
     third of the network.
     """
-    names = list(ratios)
     stages = {name: name.split(".")[0] for name in names}
-    if not 2 <= len(set(stages.values())) <= 6:
-        thirds = ("first third", "second third", "last third")
-        stages = {name: thirds[3 * at // len(names)] for at, name in enumerate(names)}
+    if 2 <= len(set(stages.values())) <= 6:
+        return stages
+    thirds = ("first third", "second third", "last third")
+    return {name: thirds[3 * at // len(names)] for at, name in enumerate(names)}
+
+
+def stage_ratios(ratios: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Returns the mean pruning ratio of each stage, every unit counting once."""
+    stages = stage_of(list(ratios))
     totals: dict[str, list[float]] = {}
-    for name in names:
+    for name, ratio in ratios.items():
         removed, units = totals.setdefault(stages[name], [0.0, 0.0])
-        totals[stages[name]] = [removed + ratios[name] * sizes[name], units + sizes[name]]
+        totals[stages[name]] = [removed + ratio * sizes[name], units + sizes[name]]
     return {stage: removed / units for stage, (removed, units) in totals.items()}

@@ -16,10 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paretoprune.experiments import page, plots
+from paretoprune.experiments import page
 from paretoprune.experiments.comparison import Shot
+from paretoprune.experiments.pictures import pictures
 from paretoprune.experiments.runs import TRACKING_FILE, RunSpec, write_json
-from paretoprune.experiments.saved_view import view_tag
+from paretoprune.experiments.saved_view import front_link, view_link, view_tag
 from paretoprune.experiments.store import ExportPlace, Store
 from paretoprune.experiments.summary import note
 from paretoprune.experiments.trial_facts import metrics_of, params_of, run_name, table_of, tags_of
@@ -211,14 +212,18 @@ class SearchRuns:
 
     def draw(self, view: SearchView, name: str) -> None:
         """Writes plots, table and description on the parent run."""
-        self._client.set_tag(self._parent, "mlflow.note.content", note(view, name))
+        spec = self._spec
+        here = (self._experiment, self._parent)
+        links = (
+            f"[Open the front, interactive]({front_link('.', *here)}) · "
+            f"[the front as runs]({view_link('.', self._experiment, spec.id)})"
+        )
+        asked = f"{spec.trials} trials of {spec.model} with {', '.join(spec.criteria)}"
+        description = note(view, name, asked, links if view.front_rows else "")
+        self._client.set_tag(self._parent, "mlflow.note.content", description)
         if not view.front_rows:
             return
-        for file, figure in (
-            ("front.png", plots.front_png(view)),
-            ("ratios.png", plots.ratios_png(view)),
-            ("hypervolume.png", plots.hypervolume_png(view)),
-        ):
+        for file, figure in pictures(view):
             self._client.log_figure(self._parent, figure, f"pareto/{file}")
         self._client.log_text(self._parent, page.front_page(view), "pareto/front.html")
         self._client.log_dict(self._parent, table_of(view.front_rows), "pareto/front.json")
@@ -284,7 +289,9 @@ def _tracking_to(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None unsets it
 
 
-def register_export(place: ExportPlace, directory: Path, model: nn.Module, example: Tensor) -> str:
+def register_export(
+    place: ExportPlace, directory: Path, model: nn.Module, example: Tensor, about: str = ""
+) -> str:
     """Puts an export on its trial's run and registers the network as a model that loads.
 
     MLflow stores the network as a `torch.export` program, so loading it unpickles nothing.
@@ -294,6 +301,7 @@ def register_export(place: ExportPlace, directory: Path, model: nn.Module, examp
         directory: The export's folder.
         model: The exported network, in eval mode on the CPU.
         example: Inputs of at least two examples, so that the batch size stays free.
+        about: Description of the model's version, in Markdown.
 
     Returns:
         The URI under which MLflow loads the model.
@@ -322,5 +330,7 @@ def register_export(place: ExportPlace, directory: Path, model: nn.Module, examp
         )
     info = found[0].info  # the model is no part of the time that the trial took
     client.set_terminated(run_id, info.status, info.end_time)
-    client.set_registered_model_alias(name, "exported", logged.registered_model_version)
+    version_number = logged.registered_model_version
+    client.update_model_version(name, version_number, about)
+    client.set_registered_model_alias(name, "exported", version_number)
     return f"models:/{name}@exported"

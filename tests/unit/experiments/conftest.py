@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
+from paretoprune.experiments.store import Store
+from paretoprune.experiments.tracking import connect
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import (
     Candidate,
@@ -75,7 +78,15 @@ def made_up() -> type[MadeUp]:
     return MadeUp
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take seconds to make."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(Store(f"sqlite:///{file}")).search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
 def view() -> SearchView:
     """Five completed trials, 1, 3 and 4 of them on the front; one infeasible, one failed."""
     candidate = Candidate("taylor", 0.3)

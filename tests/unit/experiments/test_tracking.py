@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
-from paretoprune.experiments import page, plots, tracker
+from paretoprune.experiments import page, tracker, tracking
 from paretoprune.experiments.runs import RunSpec, create_run
 from paretoprune.experiments.saved_view import view_tag
 from paretoprune.experiments.store import ExportPlace, Store, store_of
@@ -31,14 +30,6 @@ if TYPE_CHECKING:
 SPEC = RunSpec("made-up", 0.5, 7, ("l2", "taylor"))
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, which take seconds to make."""
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(Store(f"sqlite:///{file}")).search_experiments()
-    return file
-
-
 @pytest.fixture
 def folder(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder with a store beside it."""
@@ -52,8 +43,7 @@ def folder(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares a test the plots."""
     monkeypatch.setattr(page, "front_page", lambda view: "")
-    for name in ("front_png", "ratios_png", "hypervolume_png"):
-        monkeypatch.setattr(plots, name, lambda view: Figure())
+    monkeypatch.setattr(tracking, "pictures", lambda view: [])
 
 
 def curve_of(history: list[Metric]) -> list[tuple[int, float]]:
@@ -111,7 +101,7 @@ def test_a_search_becomes_a_parent_and_a_child_per_trial(folder: Path, view: Sea
     played(MlflowListener(folder, SPEC, thop_macs=lambda: 1_000_000), view)
     client, parent, children = runs_in(folder)
     assert sorted(children) == list(range(7))
-    assert children[1].info.run_name == "t001 95.0% @ 49.8% MACs"
+    assert children[1].info.run_name == "t001 95.0% @ 49.8%"
     assert children[2].info.run_name == "t002 infeasible"
     assert children[1].data.metrics == {
         "accuracy": 0.95,
@@ -141,8 +131,9 @@ def test_a_search_becomes_a_parent_and_a_child_per_trial(folder: Path, view: Sea
     assert parent.data.params["dense_macs_by_thop"] == "1000000"
     assert "trial 1 keeps 49.8 %" in parent.data.tags["mlflow.note.content"]
     files = {file.path for file in client.list_artifacts(parent.info.run_id, "pareto")}
-    names = ("front.html", "front.json", "front.png", "hypervolume.png", "ratios.png")
-    assert files == {f"pareto/{name}" for name in names}
+    names = ("architecture", "front", "hypervolume", "ratios")
+    pages = {"pareto/front.html", "pareto/front.json"}
+    assert files == {f"pareto/{name}.png" for name in names} | pages
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
     assert curve_of(history) == expected_curve(view)
 
@@ -279,7 +270,9 @@ def test_the_default_store_lies_with_the_runs(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_export_becomes_a_model_that_loads(folder: Path, view: SearchView) -> None:
+def test_an_export_becomes_a_model_that_loads_without_pickle(
+    folder: Path, view: SearchView, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow.pytorch
 
     played(MlflowListener(folder, SPEC), view)
@@ -290,9 +283,11 @@ def test_an_export_becomes_a_model_that_loads(folder: Path, view: SearchView) ->
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
     store = store_of(folder.parent)
     place = ExportPlace(store.uri, parent.info.experiment_id, SPEC.id, 3, "made:up")
-    uri = register_export(place, export, model, torch.zeros(2, 4))
+    uri = register_export(place, export, model, torch.zeros(2, 4), "a card")
     assert uri == "models:/made-up@exported"
     assert store_of(folder.parent) == store  # MLflow's own setting is as it was
+    assert client.get_model_version("made-up", "1").description == "a card"
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     with _tracking_to(store.uri):
         loaded = mlflow.pytorch.load_model(uri)
     inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32))
