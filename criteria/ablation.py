@@ -107,6 +107,8 @@ def _measure(
         for name in CHANGES
     }
     blocks: dict[str, dict[str, float]] = {name: {} for name in CHANGES}
+    total = sum(group.size for group in graph.open_groups) + len(graph.extents)
+    done = 0
 
     def visit(structure: str, unit: int | None, response: Response) -> None:
         for name, change in CHANGES.items():
@@ -115,6 +117,9 @@ def _measure(
                 blocks[name][structure] = value
             else:
                 units[name][structure][unit] = value
+        nonlocal done
+        done += 1
+        calibration.progress(done, total)
 
     ablation.run(inputs, visit)
     return Changes(units, blocks)

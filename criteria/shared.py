@@ -15,6 +15,10 @@ from paretoprune.surgery import PruningGraph
 Measured = TypeVar("Measured")
 
 
+def _silent(_done: int, _total: int) -> None:
+    """Shows no progress."""
+
+
 class SharedCalibration:
     """Calibration batches that remember what was measured on them.
 
@@ -24,6 +28,10 @@ class SharedCalibration:
     Args:
         batches: A re-iterable of (inputs, targets) batches of training data.
         loss: (outputs, targets) -> scalar mean loss.
+
+    Attributes:
+        progress: Called with (parts done, parts in all, or 0 where that is not known) as a
+            criterion goes through batches or units; may be set.
     """
 
     def __init__(
@@ -31,6 +39,8 @@ class SharedCalibration:
     ) -> None:
         self.batches = batches
         self.loss = loss
+        self.progress: Callable[[int, int], None] = _silent
+        self._batches = 0  # as many as the last whole pass had
         self._known: dict[str, Any] = {}
         self._of: tuple[str, PruningGraph] | None = None
 
@@ -42,7 +52,11 @@ class SharedCalibration:
         return SharedCalibration(calibration)
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        return iter(self.batches)
+        done = 0
+        for done, batch in enumerate(self.batches, start=1):
+            yield batch
+            self.progress(done, self._batches)
+        self._batches = done
 
     def once(
         self, key: str, model: nn.Module, graph: PruningGraph, measure: Callable[[], Measured]
@@ -85,7 +99,7 @@ class SharedCalibration:
         """
 
         def measure() -> Statistics:
-            return statistics(model, graph, self.batches, self.loss, curvature=curvature)
+            return statistics(model, graph, self, self.loss, curvature=curvature)
 
         self._forget_others(model, graph)
         whole = curvature or "curvature" in self._known

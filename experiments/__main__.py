@@ -14,7 +14,8 @@ app = typer.Typer(
     help="Search for smaller networks: a FLOPs target in, a Pareto front out. "
     "FLOPs are counted as MACs (one multiply-accumulate = 1), as the papers do.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog="Exit status: 0 done; 1 the search found no network; 2 bad input, said in one "
+    "sentence; 130 interrupted, and nothing that was done is lost.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -28,7 +29,19 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Run = Annotated[str, typer.Argument(help="Name of a run.", show_default=False)]
+
+
+def _runs(context: typer.Context, incomplete: str) -> list[str]:
+    """Returns the runs that a shell may complete, the newest first."""
+    from paretoprune.experiments.runs import list_runs
+
+    folder = Path(context.params.get("runs_dir") or RUNS)
+    return [name for name in list_runs(folder) if name.startswith(incomplete)]
+
+
+Run = Annotated[
+    str, typer.Argument(help="Name of a run.", show_default=False, autocompletion=_runs)
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -48,6 +61,7 @@ Weights = Annotated[
 ]
 RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Seed = Annotated[int, typer.Option(help="Seed of data splits and sampler.")]
 
 RUNS = Path("runs")
@@ -59,7 +73,7 @@ def inspect(
     data: Data = None,
     weights: Weights = None,
     seed: Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what can be pruned: groups, removable blocks, MACs, and what is frozen and why."""
     from paretoprune.experiments import inspection
@@ -141,6 +155,7 @@ def search(
     ] = None,
     runs_dir: RunsDir = RUNS,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search for plans on the FLOPs target and below; every trial and the front go to MLflow."""
     from paretoprune.experiments import commands
@@ -160,15 +175,17 @@ def search(
         trial_timeout,
         storage,
     )
-    commands.search(options, run=run, runs_dir=runs_dir, quiet=quiet)
+    commands.search(options, run=run, runs_dir=runs_dir, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: [bold]paretoprune resume resnet56-cifar10-50pct-1[/bold]")
-def resume(run: Run, runs_dir: RunsDir = RUNS, quiet: Quiet = False) -> None:
+def resume(
+    run: Run, runs_dir: RunsDir = RUNS, quiet: Quiet = False, as_json: AsJson = False
+) -> None:
     """Continue an interrupted search, and write to MLflow what it lacks of a finished one."""
     from paretoprune.experiments import commands
 
-    commands.resume(run, runs_dir=runs_dir, quiet=quiet)
+    commands.resume(run, runs_dir=runs_dir, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: [bold]paretoprune front digits-50pct-1 --format csv[/bold]")
@@ -189,7 +206,7 @@ def front(
 def ui(
     run: Annotated[
         str | None,
-        typer.Argument(help="Name of a run.", show_default="the newest one"),
+        typer.Argument(help="Name of a run.", show_default="the newest one", autocompletion=_runs),
     ] = None,
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
     browse: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
@@ -245,12 +262,15 @@ def export(
     ] = "safetensors",
     runs_dir: RunsDir = RUNS,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a subnetwork with its model card, after rebuilding, measuring and reloading it."""
     from paretoprune.experiments import export_command
 
     choice = export_command.Choice(trial, max_flops, min_accuracy)
-    export_command.export_run(run, choice, to, formats=formats, runs_dir=runs_dir, quiet=quiet)
+    export_command.export_run(
+        run, choice, to, formats=formats, runs_dir=runs_dir, quiet=quiet, as_json=as_json
+    )
 
 
 @app.command(epilog="Example: [bold]paretoprune criteria[/bold]")
@@ -397,10 +417,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes those of this process.
 
     Returns:
-        0; 2 after bad input, said in one sentence on stderr; 130 after Ctrl-C.
+        0; 1 where a search found no network; 2 after bad input, said in one sentence on stderr;
+        130 after Ctrl-C.
     """
     try:
-        status = app(args=arguments, standalone_mode=False)
+        status = app(args=arguments, prog_name="paretoprune", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         return 130

@@ -44,10 +44,11 @@ def bottlenecks(
     console = progress_console()
     with long_step(console, f"Preparing {model}", quiet=quiet) as progress:
         problem = build_problem(model, data=data, weights=weights, seed=seed, progress=progress)
-    graph = trace(problem.model, problem.example_inputs)
+    with long_step(console, f"Tracing {model}", quiet=quiet):
+        graph = trace(problem.model, problem.example_inputs)
     checks.check_reachable(graph, target)
-    with long_step(console, f"Measuring {criterion}", quiet=quiet):
-        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR)
+    with long_step(console, f"Measuring {criterion}", quiet=quiet) as progress:
+        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress)
     plan = select(graph, comparison.scores.units[criterion], budget=target)
     found = pressures(graph, plan)
     tight = [pressure.group for pressure in found if pressure.bottleneck]

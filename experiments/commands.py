@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,19 +97,27 @@ def _absolute(weights: str | None) -> str | None:
     return str(Path(weights).resolve()) if weights and Path(weights).is_file() else weights
 
 
-def search(options: SearchOptions, *, run: str | None, runs_dir: Path, quiet: bool) -> str:
+def search(
+    options: SearchOptions,
+    *,
+    run: str | None,
+    runs_dir: Path,
+    quiet: bool,
+    as_json: bool = False,
+) -> str:
     """Runs a search in a new run folder, prints its front, and returns the run's name."""
     spec = options.checked()
     if run is not None:
         runs.check_name(runs_dir, run)
     problem = problem_of(spec, quiet)
-    checks.check_reachable(trace(problem.model, problem.example_inputs), spec.flops)
+    with long_step(progress_console(), f"Tracing {spec.model}", quiet=quiet):
+        checks.check_reachable(trace(problem.model, problem.example_inputs), spec.flops)
     name = run or runs.default_name(runs_dir, problem.name, spec.flops)
     folder = runs.create_run(runs_dir, name, spec)
     try:
         if spec.weights is None:
             _keep_dense(problem, folder)
-        _search(problem, spec, folder, quiet)
+        _search(problem, spec, folder, quiet, as_json)
     except BaseException:
         if not _has_begun(folder, spec):  # leave nothing half-made
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,10 +135,10 @@ def _has_begun(folder: Path, spec: RunSpec) -> bool:
     return True
 
 
-def resume(name: str, *, runs_dir: Path, quiet: bool) -> None:
+def resume(name: str, *, runs_dir: Path, quiet: bool, as_json: bool = False) -> None:
     """Continues a run, and writes to MLflow what it lacks."""
     folder, spec = runs.load_run(runs_dir, name)
-    _search(problem_of(spec, quiet, folder), spec, folder, quiet)
+    _search(problem_of(spec, quiet, folder), spec, folder, quiet, as_json)
 
 
 def problem_of(spec: RunSpec, quiet: bool, folder: Path | None = None) -> Problem:
@@ -159,7 +168,7 @@ def _keep_dense(problem: Problem, folder: Path) -> None:
     save_file(state, folder / DENSE_FILE)
 
 
-def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool) -> None:
+def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json: bool) -> None:
     """Searches until all trials are finished, and prints the front.
 
     Raises:
@@ -186,10 +195,11 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool) -> None:
                 storage=spec.storage,
                 saliency_dir=folder.parent / runs.SALIENCY_DIR,
                 listeners=(shown, tracked),
+                progress=shown.preparing,
             )
     except SearchInterrupted:
         view = view_of(folder, spec)
-        _print_front(view, folder)
+        _print_result(view, folder, as_json)
         typer.echo(
             f"interrupted after {len(view.records)} of {spec.trials} trials, which are kept; "
             f"continue with: paretoprune resume {_named(folder)}",
@@ -197,9 +207,11 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool) -> None:
         )
         raise typer.Exit(130) from None
     view = view_of(folder, spec)
-    _print_front(view, folder)
+    _print_result(view, folder, as_json)
     if not view.front_rows:
         raise typer.Exit(1)
+    if as_json:
+        return
     typer.echo(f"look at it:      paretoprune ui {_named(folder)}")
     typer.echo(f"export the best: paretoprune export {_named(folder)} --to DIR")
 
@@ -212,6 +224,14 @@ def _named(folder: Path) -> str:
 
 def view_of(folder: Path, spec: RunSpec) -> SearchView:
     return SearchView.of(read_run(folder, spec.storage))
+
+
+def _print_result(view: SearchView, folder: Path, as_json: bool) -> None:
+    if as_json:
+        facts = {"run": folder.name, "folder": str(folder), **view.to_json()}
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print_front(view, folder)
 
 
 def _print_front(view: SearchView, folder: Path) -> None:

@@ -52,11 +52,12 @@ def compare(
     console = progress_console()
     with long_step(console, f"Preparing {model}", quiet=quiet) as progress:
         problem = build_problem(model, data=data, weights=weights, seed=seed, progress=progress)
-    graph = trace(problem.model, problem.example_inputs)
+    with long_step(console, f"Tracing {model}", quiet=quiet):
+        graph = trace(problem.model, problem.example_inputs)
     for target in targets:
         checks.check_reachable(graph, target)
-    with long_step(console, "Measuring saliencies", quiet=quiet):
-        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR)
+    with long_step(console, "Measuring saliencies", quiet=quiet) as progress:
+        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress)
     with long_step(console, "Comparing", quiet=quiet) as progress:
         rankings = ("units", "units and blocks") if blocks and graph.blocks else ("units",)
         shots = list(comparison.shots(targets, rankings=rankings, progress=progress))  # type: ignore[arg-type]

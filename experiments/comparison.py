@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Batch
-from paretoprune.search.saliency import Scores, saliencies
+from paretoprune.search.saliency import Progress, Scores, saliencies, silent
 from paretoprune.surgery import (
     InfeasibleBudget,
     PruningGraph,
@@ -69,10 +69,15 @@ class Comparison:
         problem: The network and its data.
         criteria: By name.
         saliency_dir: Folder in which saliencies are kept.
+        progress: Told how far the saliencies are.
     """
 
     def __init__(
-        self, problem: Problem, criteria: Mapping[str, Criterion], saliency_dir: Path
+        self,
+        problem: Problem,
+        criteria: Mapping[str, Criterion],
+        saliency_dir: Path,
+        progress: Progress = silent,
     ) -> None:
         self.problem = problem
         self.graph: PruningGraph = trace(problem.model, problem.example_inputs)
@@ -80,7 +85,9 @@ class Comparison:
         self._calibration = Moved(problem.calibration, device_of(self.model))
         self._reconstruct: Reconstructor | None = None
         shared = SharedCalibration(self._calibration, problem.loss)
-        self.scores: Scores = saliencies(criteria, self.model, self.graph, shared, saliency_dir)
+        self.scores: Scores = saliencies(
+            criteria, self.model, self.graph, shared, saliency_dir, progress
+        )
 
     def plan(self, criterion: str, target: float | int, ranking: Ranking) -> PruningPlan:
         """Returns the criterion's global ranking cut at the target.
@@ -112,7 +119,7 @@ class Comparison:
         recoveries: Sequence[Recovery] = RECOVERIES,
         rankings: Sequence[Ranking] = ("units",),
         split: Iterable[Batch] | None = None,
-        progress: Callable[[str], None] = lambda _line: None,
+        progress: Progress = silent,
     ) -> Iterator[Shot]:
         """Yields a shot per criterion, target, ranking and recovery; infeasible ones are left out.
 
@@ -122,14 +129,17 @@ class Comparison:
             recoveries: Ways of recovery.
             rankings: What is ranked.
             split: What is measured on; None takes the search split.
-            progress: Receives a line about what is measured next.
+            progress: Told what is measured next, and how far it is.
         """
         split = self.problem.validation if split is None else split
         dense = self.graph.cost()
-        for criterion in self.scores.units if criteria is None else criteria:
+        names = list(self.scores.units if criteria is None else criteria)
+        total, done = len(names) * len(targets) * len(rankings), 0
+        for criterion in names:
             for target in targets:
                 for ranking in rankings:
-                    progress(f"{criterion} at {target}, ranking {ranking}")
+                    progress("criteria at targets", done, total)
+                    done += 1
                     try:
                         plan = self.plan(criterion, target, ranking)
                     except InfeasibleBudget:

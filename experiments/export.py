@@ -6,9 +6,10 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from paretoprune.experiments.runs import library_versions
 from paretoprune.search import Batch, Completed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.metrics import evaluate, forward
+from paretoprune.search.saliency import Progress, silent
 from paretoprune.surgery import (
     Cost,
     PruningGraph,
@@ -73,7 +75,7 @@ def export(
     formats: Sequence[str] = (),
     run: str | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
 ) -> Exported:
     """Writes the network of a record, with its card, and returns what was measured.
 
@@ -89,7 +91,7 @@ def export(
         formats: What to write beside safetensors: names of `FORMATS`.
         run: Name of the run, for the card.
         seed: Seed of the search.
-        progress: Receives a line per stage.
+        progress: Told the stages, and how far each is.
 
     Raises:
         ValueError: If `directory` exists, or the record is not a completed one.
@@ -99,20 +101,23 @@ def export(
     check_destination(directory)
     if record.plan is None or not isinstance(record.outcome, Completed):
         raise ValueError(f"trial {record.number} did not complete, so there is no network of it.")
-    progress("rebuilding the network")
+    progress("tracing the dense network", 0, 0)
     graph = trace(problem.model, problem.example_inputs)
+    rebuilding = partial(progress, "rebuilding the network layer by layer")
     evaluator = Evaluator(problem, graph)
-    rebuilt = evaluate(evaluator.network(record.plan, seed), problem.validation, problem.loss)
-    _check_metrics(record, record.outcome, rebuilt)
+    rebuilt = evaluator.network(record.plan, seed, rebuilding)
+    _check_metrics(
+        record, record.outcome, evaluate(rebuilt, problem.validation, problem.loss)
+    )
     if problem.refit is not None:
-        progress("reconstructing it on more examples")
+        progress("reconstructing it on more examples", 0, 0)
     small = evaluator.final(record.plan, seed)
     search_metrics = evaluate(small, problem.validation, problem.loss)
     dense, small = copy.deepcopy(problem.model).cpu().eval(), small.cpu().eval()
     inputs, _ = next(iter(problem.validation))
     with _new_folder(directory) as folder:
         written = tuple(_written(formats, folder, dense, small, inputs, problem, progress))
-        progress("measuring")
+        progress("measuring accuracy and latency", 0, 0)
         measured = _measure(problem, graph, record.plan, dense, small, search_metrics)
         save(
             folder,
@@ -126,7 +131,7 @@ def export(
             },
             example_inputs=problem.example_inputs,
         )
-        progress("loading it again and comparing outputs")
+        progress("loading it again and comparing outputs", 0, 0)
         _check_reloaded(problem, folder, small, inputs)
         facts = CardFacts(
             name=problem.name,
@@ -148,11 +153,11 @@ def _written(
     small: nn.Module,
     inputs: Any,
     problem: Problem,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> Iterator[Written]:
     """Writes and compares the formats, one after the other."""
     for name in formats:
-        progress(f"writing {name}, and comparing it on real inputs")
+        progress(f"writing {name}, and comparing it on real inputs", 0, 0)
         with tempfile.TemporaryDirectory() as scratch:
             yield write_format(
                 name, folder, dense, small, inputs, problem.example_inputs, Path(scratch)

@@ -70,9 +70,16 @@ def _completed(view: SearchView, number: int) -> Record:
 
 
 def export_run(
-    name: str, choice: Choice, to: Path, *, formats: str, runs_dir: Path, quiet: bool
+    name: str,
+    choice: Choice,
+    to: Path,
+    *,
+    formats: str,
+    runs_dir: Path,
+    quiet: bool,
+    as_json: bool = False,
 ) -> None:
-    """Exports a trial of a run, and registers it in MLflow."""
+    """Exports a trial of a run, registers it in MLflow, and prints what was verified."""
     beside = parse_formats(formats)
     check_destination(to)
     folder, spec = runs.load_run(runs_dir, name)
@@ -85,18 +92,29 @@ def export_run(
         )
         progress("registering it in MLflow")
         registered = _registered(done, problem, record, folder, spec)
-    typer.echo(verdict(to, done.dense, done.small, done.written))
-    typer.echo(registered)
+    if as_json:
+        facts = {
+            "directory": str(to),
+            "trial": record.number,
+            "dense": done.dense.to_json(),
+            "exported": done.small.to_json(),
+            "formats": {one.name: one.to_json() for one in done.written},
+            "mlflow": registered,
+        }
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        typer.echo(verdict(to, done.dense, done.small, done.written))
+        typer.echo(f"MLflow   {registered}")
 
 
 def _registered(
     done: Exported, problem: Problem, record: Record, folder: Path, spec: RunSpec
 ) -> str:
-    """Puts an export into MLflow, and returns a line about it."""
+    """Puts an export into MLflow, and returns its URI, or why it has none."""
     file = folder / runs.TRACKING_FILE
     example = problem.example_inputs
     if not file.exists() or not isinstance(example, Tensor):
-        return "MLflow   not registered: " + (
+        return "not registered: " + (
             "its inputs are no single tensor" if file.exists() else "the run is not there"
         )
     where = json.loads(file.read_text())
@@ -104,6 +122,6 @@ def _registered(
     try:
         about = (done.directory / "README.md").read_text()
         uri = register_export(place, done.directory, done.model, example, about)
-        return f"MLflow   {uri}"
+        return uri
     except Exception as error:  # the export is complete without it
-        return f"MLflow   not registered: {one_line(error)}"
+        return f"not registered: {one_line(error)}"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from paretoprune.experiments.stages import Stages, clock_time
 from paretoprune.experiments.tables import Row, front_table
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.experiments.view import SearchView
@@ -23,8 +23,6 @@ from paretoprune.search import Failed, Infeasible, ParetoFront, Record, SearchIn
 
 _LINE_SECONDS = 10.0
 """Least time between plain lines that say nothing new."""
-_STAGE_SECONDS = 3.0
-"""Least time between plain lines about the stages of one step."""
 _SHOWN_MEMBERS = 8
 
 
@@ -45,10 +43,8 @@ def is_live(console: Console) -> bool:
 
 
 @contextmanager
-def long_step(
-    console: Console, title: str, *, quiet: bool = False
-) -> Iterator[Callable[[str], None]]:
-    """Shows that a step is at work; yields a function that takes one line per stage of it.
+def long_step(console: Console, title: str, *, quiet: bool = False) -> Iterator[Stages]:
+    """Shows that a step is at work; yields what takes a line per stage of it.
 
     Args:
         console: Where to show it.
@@ -56,21 +52,13 @@ def long_step(
         quiet: Shows nothing.
     """
     if quiet:
-        yield lambda line: None
+        yield Stages(title, None)
     elif is_live(console):
-        with console.status(f"{title} …") as status:
-            yield lambda line: status.update(f"{title} … [dim]{line}[/dim]")
+        stages = Stages(title, None)
+        with Live(stages, console=console, transient=True):
+            yield stages
     else:
-        console.print(f"{title} …")
-        said = float("-inf")
-
-        def say(line: str) -> None:
-            nonlocal said
-            if time.monotonic() - said >= _STAGE_SECONDS:
-                console.print(f"  {line}", markup=False)
-                said = time.monotonic()
-
-        yield say
+        yield Stages(title, console)
 
 
 class SearchProgress:
@@ -94,18 +82,24 @@ class SearchProgress:
         self._best: int | None = None
         self._reasons: set[str | None] = {None}
         self._live: Live | None = None
+        self._stages: Stages | None = None
 
     def __enter__(self) -> SearchProgress:
         """Shows that the search is being prepared."""
         if self._quiet:
             return self
         title = "Measuring the dense network and its units"
-        if is_live(self._console):
-            self._live = Live(Spinner("dots", title), console=self._console, transient=True)
+        live = is_live(self._console)
+        self._stages = Stages(title, None if live else self._console)
+        if live:
+            self._live = Live(self._stages, console=self._console, transient=True)
             self._live.start()
-        else:
-            self._console.print(f"{title} …")
         return self
+
+    def preparing(self, stage: str, done: int, total: int) -> None:
+        """Shows what is measured before the trials; takes the progress of `search`."""
+        if self._stages is not None:
+            self._stages(stage, done, total)
 
     def __exit__(self, *raised: object) -> None:
         """Ends the view; nothing is left of a live one."""
@@ -176,7 +170,7 @@ class SearchProgress:
         rate = new / max(time.monotonic() - self._begun, 1e-9)
         left = (self._trials - len(view.records)) / rate
         speed = f"{rate:.1f} trials/s" if rate >= 1 else f"{1 / rate:.1f} s/trial"
-        return f"{speed}, {_clock(left)} left"
+        return f"{speed}, {clock_time(left)} left"
 
     def _render(self, view: SearchView) -> RenderableType:
         facts = Table.grid(padding=(0, 2))
@@ -194,7 +188,8 @@ class SearchProgress:
             for reason, number in reasons(view).items()
         ]
         if view.front_rows:
-            title = f"front   {len(view.front_rows)} members"
+            number = len(view.front_rows)
+            title = f"front   {number} member{'' if number == 1 else 's'}"
             hidden = len(view.front_rows) - _SHOWN_MEMBERS
             title += f", the first {_SHOWN_MEMBERS} of them" if hidden > 0 else ""
             lines += [
@@ -234,9 +229,3 @@ def reasons(view: SearchView) -> dict[str, int]:
             case Infeasible():
                 counted["infeasible"] += 1
     return dict(counted.most_common(4))
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from paretoprune.experiments.tables import Row, rows_of
 from paretoprune.search import Completed, Objective, ParetoFront, Record, SearchInfo
@@ -72,6 +73,17 @@ class SearchView:
     def count(self, *kinds: type) -> int:
         """Returns how many records ended in one of the outcome types."""
         return sum(isinstance(record.outcome, kinds) for record in self.records)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what was asked and found as plain values, for JSON."""
+        return {
+            "dense": {**asdict(self.dense), **self.dense_metrics},
+            "target_macs": self.target,
+            "trials": len(self.records),
+            "completed": len(self.rows),
+            "best": self.front.best().number if self.front_rows else None,
+            "front": [asdict(row) for row in self.front_rows],
+        }
 
     def hypervolumes(self) -> list[tuple[int, float]]:
         """Returns (trial number, hypervolume of the front after it) per completed trial."""

@@ -22,7 +22,7 @@ from paretoprune.search.metrics import device_of, evaluate, to_device
 from paretoprune.search.problem import Batch, Problem
 from paretoprune.search.record import Completed, Failed, Outcome
 from paretoprune.surgery import PruningGraph, PruningPlan, Reconstructor, prune
-from paretoprune.surgery.inputs import gather_inputs
+from paretoprune.surgery.inputs import Progress, gather_inputs
 
 SIMILAR_IMAGES = 512
 """Examples on which a candidate is compared with the dense network."""
@@ -127,17 +127,18 @@ class Evaluator:
         cost = self._graph.cost(plan)
         return {**measured, "macs": cost.macs, "params": cost.params}
 
-    def network(self, plan: PruningPlan, seed: int) -> nn.Module:
+    def network(self, plan: PruningPlan, seed: int, progress: Progress | None = None) -> nn.Module:
         """Returns the pruned and reconstructed network of a plan.
 
         Args:
             plan: What to keep.
             seed: Seed of torch's generators; the caller's are left as they were.
+            progress: Called after every layer with (layers done, layers in all).
         """
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             model, reconstruct = self._dense or self._prepare()
-            return reconstruct(prune(model, self._graph, plan), plan)
+            return reconstruct(prune(model, self._graph, plan), plan, progress=progress)
 
     def final(self, plan: PruningPlan, seed: int) -> nn.Module:
         """Returns the network of a plan as it is handed out.

@@ -19,6 +19,7 @@ from paretoprune.search.listener import Listener, SearchInfo
 from paretoprune.search.prepare import Request, prepare
 from paretoprune.search.problem import Problem
 from paretoprune.search.record import Record
+from paretoprune.search.saliency import Progress, silent
 from paretoprune.search.searcher import Decisions, Executor, Searcher, run_inline
 
 if TYPE_CHECKING:  # `import paretoprune.search` must not import optuna
@@ -47,6 +48,7 @@ def search(
     storage: str | None = None,
     saliency_dir: Path | None = None,
     listeners: Sequence[Listener] = (),
+    progress: Progress = silent,
 ) -> ParetoFront:
     """Returns the Pareto front of pruned networks within a FLOPs target.
 
@@ -80,6 +82,8 @@ def search(
         saliency_dir: Folder of saliencies that several searches share; None keeps them in
             `run_dir`.
         listeners: Told what happens.
+        progress: Called with (what is measured, parts done, parts in all or 0 where that is not
+            known) before the first trial.
 
     Raises:
         ValueError: If an argument is out of range, or the data does not fit the model.
@@ -105,7 +109,7 @@ def search(
         stack.enter_context(_database_failures(storage or folder))
         study = _open(storage, folder, request, sampler, seed)
         stack.callback(study.close)
-        prepared = prepare(problem, request, folder, study)
+        prepared = prepare(problem, request, folder, study, progress)
         space = prepared.space
         history = study.records()
         following = _Following(prepared.info, listeners)

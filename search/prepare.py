@@ -18,7 +18,13 @@ from paretoprune.search.listener import SearchInfo
 from paretoprune.search.metrics import device_of, evaluate
 from paretoprune.search.objectives import chance_loss, objectives_of
 from paretoprune.search.problem import Problem
-from paretoprune.search.saliency import Saliencies, blocks_by_damage, saliencies
+from paretoprune.search.saliency import (
+    Progress,
+    Saliencies,
+    blocks_by_damage,
+    saliencies,
+    silent,
+)
 from paretoprune.search.space import SearchSpace
 from paretoprune.surgery import Cost, PruningGraph, PruningPlan, trace
 
@@ -84,7 +90,9 @@ class Prepared:
         )
 
 
-def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> Prepared:
+def prepare(
+    problem: Problem, request: Request, folder: Path, study: Study, progress: Progress = silent
+) -> Prepared:
     """Traces and measures the dense network, or takes what an earlier driver measured.
 
     Args:
@@ -92,6 +100,7 @@ def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> P
         request: What the search is asked for.
         folder: Of the run.
         study: Notes what must stay the same over all drivers of the run.
+        progress: Told what is measured, and how far it is.
 
     Raises:
         InfeasibleBudget: If no plan meets the target.
@@ -100,16 +109,18 @@ def prepare(problem: Problem, request: Request, folder: Path, study: Study) -> P
     """
     model = on_device(problem.model)
     calibration = SharedCalibration(Moved(problem.calibration, device_of(model)), problem.loss)
+    progress("tracing the network", 0, 0)
     graph = trace(problem.model, problem.example_inputs)
     target = check_reachable(graph, request.flops)
     kept = request.saliencies or folder / SALIENCIES
-    scores = saliencies(request.criteria, model, graph, calibration, kept)
+    scores = saliencies(request.criteria, model, graph, calibration, kept, progress)
     blocks = study.notes.get("blocks")
     if blocks is None:
-        blocks = blocks_by_damage(model, graph, calibration, problem.loss)
+        blocks = blocks_by_damage(model, graph, calibration, problem.loss, progress)
     space = SearchSpace.of(graph, scores.units, target, blocks, scores.blocks)
     noted = study.notes.get("search")
     if noted is None:
+        progress("loss and accuracy of the dense network", 0, 0)
         info = _measure(problem, model, graph, space, request)
     else:
         _check_same(space, request, study)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,16 @@ from paretoprune.surgery import PruningGraph, PruningPlan, prune
 
 BLOCK_IMAGES = 256
 """Examples on which the damage of losing a block is measured."""
+Progress = Callable[[str, int, int], None]
+"""Called with (what is measured, parts done, parts in all or 0 where that is not known)."""
 Saliencies = Mapping[str, Mapping[str, Tensor]]
 """By criterion, by group: shape (group.size,)."""
 BlockSaliencies = Mapping[str, Mapping[str, float]]
 """By criterion, by removable block, on the scale of the units."""
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Shows no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,7 @@ def saliencies(
     graph: PruningGraph,
     calibration: SharedCalibration,
     folder: Path,
+    progress: Progress = silent,
 ) -> Scores:
     """Returns every criterion's saliencies, from `folder` where they are there.
 
@@ -59,7 +67,9 @@ def saliencies(
         graph: Its graph.
         calibration: Training batches with the problem's loss.
         folder: Holds a file per criterion; made if it is not there.
+        progress: Told how far each is.
     """
+    calibration.progress = partial(progress, "reading calibration data")
     shared = _shared_part(model, graph, calibration)
     files = {
         name: folder / f"{name}-{_key(criterion, shared)}.safetensors"
@@ -72,8 +82,11 @@ def saliencies(
 
     for name in sorted(criteria, key=dearest_first):
         if found[name] is None:
+            calibration.progress = partial(progress, f"saliencies of {name}")
+            calibration.progress(0, 0)
             found[name] = _measure(criteria[name], model, graph, calibration)
             _save(files[name], found[name] or ({}, {}))
+    calibration.progress = partial(progress, "reading calibration data")
     whole = {name: known for name in criteria if (known := found[name]) is not None}
     return Scores(
         {name: units for name, (units, _) in whole.items()},
@@ -161,6 +174,7 @@ def blocks_by_damage(
     graph: PruningGraph,
     calibration: Iterable[Batch],
     loss: Callable[[Any, Tensor], Tensor],
+    progress: Progress = silent,
 ) -> tuple[str, ...]:
     """Returns the removable blocks, the one that costs least loss per MAC saved first.
 
@@ -171,6 +185,7 @@ def blocks_by_damage(
         graph: Its graph.
         calibration: Training batches.
         loss: (outputs, targets) -> scalar mean loss.
+        progress: Told how far it is.
     """
     if not graph.blocks:
         return ()
@@ -178,7 +193,8 @@ def blocks_by_damage(
     calibration = _first(calibration, BLOCK_IMAGES)
     before = evaluate(model, calibration, loss)["loss"]
     damage = {}
-    for block in graph.blocks:
+    for done, block in enumerate(graph.blocks):
+        progress("damage of removing each block", done, len(graph.blocks))
         plan = PruningPlan(removed=(block,))
         saved = max(1, dense - graph.cost(plan).macs)
         after = evaluate(prune(model, graph, plan), calibration, loss)["loss"]

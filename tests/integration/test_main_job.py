@@ -154,10 +154,18 @@ def test_the_best_is_exported_loads_and_keeps_its_accuracy(
     )
 
 
-def test_a_smaller_one_is_exported_on_request(at_job: Job) -> None:
-    assert main(["export", at_job.run, "--to", "small", "--max-flops", "44%", "--quiet"]) == 0
+def test_a_smaller_one_is_exported_on_request(
+    at_job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ["--to", "small", "--max-flops", "44%", "--quiet", "--json"]
+    assert main(["export", at_job.run, *wanted]) == 0
     plan = json.loads(Path("small/plan.json").read_text())
     assert plan["metrics"]["macs"] <= 0.44 * at_job.info.dense.macs
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["directory"] == "small"
+    assert facts["exported"]["macs"] == plan["metrics"]["macs"]
+    assert facts["dense"]["macs"] == at_job.info.dense.macs
+    assert facts["mlflow"] == "models:/digits@exported"
 
 
 def test_the_smallest_that_is_accurate_enough_is_exported_to_onnx_and_pt2(
@@ -216,8 +224,14 @@ def test_the_same_name_is_refused_and_the_next_is_free(
 def test_resuming_a_finished_run_adds_nothing(
     at_job: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["resume", at_job.run, "--quiet"]) == 0
-    capsys.readouterr()
+    assert main(["resume", at_job.run, "--quiet", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["run"] == at_job.run
+    assert facts["trials"] == TRIALS
+    assert facts["best"] == at_job.info.front.best().number
+    assert [row["trial"] for row in facts["front"]] == [
+        record.number for record in at_job.info.front.records
+    ]
     assert len(at_job.info.records) == TRIALS
     client = connect(store_of(Path("runs")))
     where = json.loads((at_job.run_dir / "mlflow.json").read_text())

@@ -204,6 +204,29 @@ def test_help_is_quick_and_has_an_example_for_every_command() -> None:
     } == {*COMMANDS}
 
 
+def test_the_exit_statuses_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for status in ("0 done", "1 the search found no network", "2 bad input", "130 interrupted"):
+        assert status in text
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [("paretoprune fr", "front"), ("paretoprune front ta", "taken"), ("paretoprune ui ", "taken")],
+)
+def test_a_shell_completes_commands_and_runs(
+    line: str, completed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_PARETOPRUNE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.split() == [completed]
+
+
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     captured = capsys.readouterr()

@@ -15,6 +15,7 @@ from paretoprune.experiments.progress import (
     reasons,
     results_console,
 )
+from paretoprune.experiments.stages import Stages
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import ParetoFront, SearchInfo
 
@@ -116,6 +117,44 @@ def test_long_steps_show_their_stages(terminal: bool, monkeypatch: pytest.Monkey
     assert "Training" in out.getvalue()
     if not terminal:  # a log is spared the lines of a fast step
         assert out.getvalue().splitlines() == ["Training …", "  epoch 1"]
+
+
+def test_a_stage_with_known_parts_tells_the_time_left() -> None:
+    target, out = console(terminal=False)
+    times = [0.0]
+    say = Stages("Measuring", target, clock=lambda: times[-1])
+    for time, done in ((10.0, 0), (20.0, 2), (110.0, 20)):
+        times.append(time)
+        say("saliencies of cka", done, 20)
+    times.append(120.0)
+    say("tracing the network")
+    assert out.getvalue().splitlines() == [
+        "Measuring …",
+        "  saliencies of cka, 0 of 20",
+        "  saliencies of cka, 2 of 20, 1:30 left",
+        "  saliencies of cka, 20 of 20",
+        "  tracing the network",
+    ]
+
+
+def test_every_stage_has_a_clock_of_its_own() -> None:
+    target, out = console(terminal=False)
+    times = [0.0]
+    say = Stages("Measuring", target, clock=lambda: times[-1])
+    for time, line, done in ((0.0, "a", 1), (100.0, "b", 0), (104.0, "b", 1)):
+        times.append(time)
+        say(line, done, 3)
+    assert out.getvalue().splitlines()[-1] == "  b, 1 of 3, 0:08 left"
+
+
+def test_a_search_tells_what_it_measures_before_its_trials(view: SearchView) -> None:
+    target, out = console(terminal=False)
+    with SearchProgress(target) as shown:
+        shown.preparing("saliencies of cka", 3, 20)
+    assert "saliencies of cka, 3 of 20" in out.getvalue()
+    with SearchProgress(target, quiet=True) as shown:
+        shown.preparing("saliencies of kl", 3, 20)
+    assert "kl" not in out.getvalue()
 
 
 def test_results_that_nobody_watches_have_100_columns() -> None:

@@ -169,3 +169,20 @@ def test_a_joint_allocation_is_the_criterions_ranking_of_units_and_blocks(
         setting.graph, scores.units["taylor"], budget=target, blocks=blocks["taylor"]
     )
     assert "joint" not in SearchSpace.of(setting.graph, scores.units, target, names).allocations
+
+
+def test_progress_counts_every_batch_and_every_unit(problem: Problem, tmp_path: Path) -> None:
+    setting = Setting(problem, tmp_path)
+    said: list[tuple[str, int, int]] = []
+    chosen = {name: CRITERIA[name]() for name in ("taylor", "cka")}
+    shared = SharedCalibration(setting.batches)
+    saliencies(
+        chosen, setting.model, setting.graph, shared, tmp_path, lambda *step: said.append(step)
+    )
+    total = len(setting.batches)
+    reading = [(done, whole) for what, done, whole in said if what == "reading calibration data"]
+    assert reading == [(done, 0) for done in range(1, total + 1)]  # its first pass counts them
+    assert ("saliencies of taylor", total, total) in said
+    parts = sum(group.size for group in setting.graph.open_groups) + len(setting.graph.blocks)
+    ablated = [done for what, done, whole in said if what.endswith("cka") and whole == parts]
+    assert ablated == list(range(1, parts + 1))
