@@ -1,19 +1,175 @@
-"""The example of the README works as it stands there."""
+"""README and documentation: commands parse, examples run, the site builds, figures are real."""
 
 from __future__ import annotations
 
+import csv
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from paretoprune.criteria import CRITERIA
+from paretoprune.experiments.__main__ import app, main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {file.name: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
+TEXTS = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(), **PAGES}
+NUMBERS = {"N": "3"}
+"""What stands for placeholders that must be numbers; others may be any text."""
+RUN_PAGES = ("index.md", "front.md", "own-model.md", "exporting.md", "extending.md")
+"""Pages whose Python runs, in an order in which each finds what an earlier one made."""
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\b[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Yields the arguments of every command line in blocks, and of inline ones with arguments."""
+    shown = [line for block in re.findall(r"```.*?```", text, re.DOTALL) for line in lines(block)]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    inline = [" ".join(span.split()) for span in re.findall(r"`(paretoprune [^`]+)`", prose)]
+    for line in (*shown, *inline):
+        if line.startswith("paretoprune "):
+            command = re.split(r" {2,}", line)[0]  # what follows wide space explains it
+            yield [NUMBERS.get(word, word) for word in shlex.split(command)[1:]]
+
+
+def lines(block: str) -> list[str]:
+    return [line.strip() for line in block.replace("\\\n", " ").splitlines()]
+
+
+def parse(arguments: list[str]) -> None:
+    """Parses a command line as the program does, without running the command."""
+    group: Any = typer.main.get_command(app)
+    if arguments[0].startswith("--"):
+        assert arguments in (["--help"], ["--install-completion"])
+        return
+    context = group.make_context("paretoprune", [*arguments])
+    name, command, rest = group.resolve_command(context, arguments)
+    if rest != ["--help"]:
+        command.make_context(name, rest)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_command_line_parses(page: str) -> None:
+    for arguments in commands(TEXTS[page]):
+        try:
+            parse(arguments)
+        except Exception as error:
+            pytest.fail(f"paretoprune {' '.join(arguments)}: {error}")
+
+
+def test_commands_are_found_and_wrong_ones_fail() -> None:
+    assert len([line for text in TEXTS.values() for line in commands(text)]) > 40
+    with pytest.raises(Exception, match="No such option"):
+        parse(["front", "RUN", "--nonsense"])
+    with pytest.raises(Exception, match="No such command"):
+        parse(["frnt", "RUN"])
 
 
 def test_the_example_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = blocks(README, "python")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "exports/readme/model.safetensors").is_file()
     assert names["network"] is not names["small"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder of a reader; pages are read in order and share what they make."""
+    folder = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield folder
+    sys.modules.pop("mynet", None)
+
+
+def run(arguments: list[str]) -> None:
+    if arguments[0] == "search":  # in this process: starting workers takes longer than trials
+        arguments = [*arguments, "--workers", "0"]
+    assert main([*arguments]) == 0, f"paretoprune {' '.join(arguments)}"
+
+
+@pytest.mark.usefixtures("workplace")
+def test_every_answer_is_a_command_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(PAGES["faq.md"], "sh"):
+        for arguments in commands(f"```\n{block}```"):
+            if "ray://head:10001" not in arguments:  # nobody is there
+                run(arguments)
+                assert capsys.readouterr().out, arguments
+    assert Path("exports/deployed/model.onnx").is_file()
+
+
+@pytest.mark.parametrize("page", RUN_PAGES)
+def test_the_python_of_the_documentation_runs(page: str, workplace: Path) -> None:
+    if page == "index.md" and not (workplace / "runs/digits-50pct-1").exists():
+        run(["search", "digits", "--flops", "50%", "--trials", "6"])
+    if page == "index.md":
+        run(["export", "digits-50pct-1", "--to", "exports/digits", "--quiet"])
+    if page == "exporting.md":
+        run(["export", "digits-50pct-1", "--to", "exports/best", "--quiet"])
+    names: dict[str, object] = {}
+    for code in re.findall(r"^```python([^\n]*)\n(.*?)^```", PAGES[page], re.DOTALL | re.M):
+        file = re.search(r'title="(.+)"', code[0])
+        if file:
+            (workplace / file[1]).write_text(code[1])
+        else:
+            exec(compile(code[1], page, "exec"), names)
+    assert names
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    done = subprocess.run(
+        [*command, "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site/reference/index.html").read_text()
+    for shown in ("paretoprune.search.search", "paretoprune.surgery.PruningPlan"):
+        assert f'id="{shown}"' in reference
+
+
+def test_every_criterion_and_command_is_described() -> None:
+    for name in CRITERIA:
+        assert f"| `{name}` |" in PAGES["criteria.md"]
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert f"| `{command.callback.__name__}` |" in PAGES["cli.md"]
+
+
+def test_the_figures_of_the_criteria_are_those_of_the_results() -> None:
+    with (ROOT / "experiments/results/criteria.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+
+    def measured(criterion: str, target: str) -> str:
+        (row,) = (
+            row
+            for row in rows
+            if (row["tool"], row["criterion"], row["ranking"], row["target"], row["recovery"])
+            == ("paretoprune", criterion, "units", target, "reconstructed")
+        )
+        return f"{100 * float(row['test_accuracy']):.1f}"
+
+    names = ("obs_per_mac", "obs", "geometric_median", "lamp", "bn_scale")
+    text = " ".join(PAGES["criteria.md"].split())
+    at_half = ", ".join(f"`{name}` {measured(name, '0.5')}" for name in names)
+    *first, last = (measured(name, "0.3") for name in names)
+    assert at_half in text
+    assert f"{', '.join(first)} and {last}" in text
