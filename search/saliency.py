@@ -124,11 +124,22 @@ def _shared_part(model: nn.Module, graph: PruningGraph, calibration: SharedCalib
 
 def _key(criterion: Criterion, shared: str) -> str:
     digest = hashlib.blake2b(f"{shared} {criterion!r}".encode(), digest_size=12)
-    own = Path(inspect.getfile(type(criterion)))
-    ours = Path(inspect.getfile(SharedCalibration)).parent
-    for file in sorted({own, *ours.glob("*.py")}):
-        digest.update(file.read_bytes() if file.exists() else file.name.encode())
+    for file in sorted(Path(inspect.getfile(SharedCalibration)).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    digest.update(_source(type(criterion)))
     return digest.hexdigest()
+
+
+def _source(kind: type) -> bytes:
+    """Returns what tells the code of a criterion apart: its file, or its own code."""
+    try:
+        file = Path(inspect.getfile(kind))
+    except (TypeError, OSError):  # written in a notebook or at a prompt
+        file = Path()
+    if file.is_file():
+        return file.read_bytes()
+    code = getattr(vars(kind).get("__call__"), "__code__", None)
+    return repr(code and (code.co_code, code.co_consts, code.co_names)).encode()
 
 
 def _load(file: Path, graph: PruningGraph) -> Found | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import re
 import shlex
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 import typer
+from torch import nn
 
 from paretoprune.criteria import CRITERIA
+from paretoprune.experiments import recipes
 from paretoprune.experiments.__main__ import app, main
+from paretoprune.experiments.training import Progress, Training, silent, train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,10 +36,12 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Yields the arguments of every command line in blocks, and of inline ones with arguments."""
+    """Yields the arguments of every command line in blocks, and of inline ones that have some."""
     shown = [line for block in re.findall(r"```.*?```", text, re.DOTALL) for line in lines(block)]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    inline = [" ".join(span.split()) for span in re.findall(r"`(paretoprune [^`]+)`", prose)]
+    inline = [
+        " ".join(span.split()) for span in re.findall(r"`(paretoprune [^`\s]+\s[^`]+)`", prose)
+    ]
     for line in (*shown, *inline):
         if line.startswith("paretoprune "):
             command = re.split(r" {2,}", line)[0]  # what follows wide space explains it
@@ -82,6 +88,23 @@ def test_the_example_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "exports/readme/model.safetensors").is_file()
     assert names["network"] is not names["small"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trained_once() -> Iterator[None]:
+    """Trains the digits once per seed, not with every command; the rest is as users have it."""
+    known: dict[Training, nn.Module] = {}
+
+    def once(
+        model: nn.Module, batches: Any, training: Training, *, progress: Progress = silent
+    ) -> nn.Module:
+        if training not in known:
+            known[training] = train(model, batches, training, progress=progress)
+        return copy.deepcopy(known[training])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "train", once)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -186,3 +186,23 @@ def test_progress_counts_every_batch_and_every_unit(problem: Problem, tmp_path: 
     parts = sum(group.size for group in setting.graph.open_groups) + len(setting.graph.blocks)
     ablated = [done for what, done, whole in said if what.endswith("cka") and whole == parts]
     assert ablated == list(range(1, parts + 1))
+
+
+def test_a_criterion_written_at_a_prompt_is_measured_and_told_apart(setting: Setting) -> None:
+    def typed(factor: float) -> Any:
+        code = f"""
+class Typed:
+    def __call__(self, model, graph, calibration):
+        return {{g.name: {factor} * torch.arange(g.size) for g in graph.groups.values()}}
+    def __repr__(self):
+        return "Typed()"
+"""
+        names: dict[str, Any] = {"torch": torch, "__name__": "typed_at_a_prompt"}
+        exec(code, names)
+        return names["Typed"]()
+
+    group = setting.graph.open_groups[0]
+    for factor in (1.0, 2.0):
+        setting.criteria = {"mine": typed(factor)}
+        expected = factor * torch.arange(group.size)
+        assert torch.equal(setting.scores().units["mine"][group.name], expected)
