@@ -15,6 +15,7 @@ from paretoprune.experiments.summary import (
     accuracy_range,
     counts,
     headline,
+    loss_range,
     measured,
     ratio_matrix,
     share_range,
@@ -214,7 +215,10 @@ def _landmarks(figure: Any, view: SearchView, name: str, at: int) -> None:
     else:
         ticks = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)]
         labels = [f"{tick:g}" for tick in ticks]
-        figure.update_yaxes(type="log", tickvals=ticks, ticktext=labels, row=at, col=1)
+        low, high = map(math.log10, loss_range(view))
+        figure.update_yaxes(
+            type="log", tickvals=ticks, ticktext=labels, range=[low, high], row=at, col=1
+        )
     if name in view.dense_metrics:
         dense = view.dense_metrics[name] * (100 if name == "accuracy" else 1)
         _dense(figure, view, dense, at, log=name == "loss")
@@ -229,10 +233,12 @@ def _dense(figure: Any, view: SearchView, value: float, at: int, *, log: bool) -
         hovertemplate=f"<b>dense network</b><br>MACs {format_count(view.dense.macs)}, 100 %"
         f"<br>{value:.4g}<br>params {format_count(view.dense.params)}<extra></extra>",
     )  # fmt: skip
+    low, _ = loss_range(view) if log else accuracy_range(view)
+    shown = max(value, low)
     figure.add_annotation(
-        x=0, xref="x domain", xanchor="left", y=math.log10(value) if log else value,
-        yanchor="bottom", text=f"dense network: {value:.4g}", showarrow=False,
-        font={"color": DENSE, "size": 12}, row=at, col=1,
+        x=0, xref="x domain", xanchor="left", y=math.log10(shown) if log else shown,
+        yanchor="bottom", showarrow=False, font={"color": DENSE, "size": 12}, row=at, col=1,
+        text=f"dense network: {value:.4g}{', below the axis' if value < low else ''}",
     )  # fmt: skip
 
 

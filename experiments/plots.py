@@ -9,6 +9,7 @@ from paretoprune.experiments.summary import (
     accuracy_range,
     counts,
     headline,
+    loss_range,
     measured,
     ratio_matrix,
     share_range,
@@ -106,6 +107,7 @@ def _landmarks(axis: Axes, view: SearchView, name: str) -> None:
         axis.set_title(f"Accuracy on the search split, %{note}", loc="left", fontsize=10)
     else:
         _log_scale(axis)
+        axis.set_ylim(*loss_range(view))
         axis.set_title("Loss on the search split, nats (what is ranked)", loc="left", fontsize=10)
     if name in view.dense_metrics:
         _dense_line(axis, view.dense_metrics[name] * (100 if name == "accuracy" else 1))
@@ -114,10 +116,12 @@ def _landmarks(axis: Axes, view: SearchView, name: str) -> None:
 def _dense_line(axis: Axes, value: float) -> None:
     axis.axhline(value, color=DENSE, linewidth=1, linestyle=":")
     axis.scatter([100], [value], marker="*", s=150, color=DENSE, zorder=5)
+    low, _ = axis.get_ylim()
+    where = ", below the axis" if value < low else ""
     axis.text(
         0.01,
-        value,
-        f"★ dense network, 100 % of the MACs: {value:.4g}",
+        max(value, low),
+        f"★ dense network, 100 % of the MACs: {value:.4g}{where}",
         transform=axis.get_yaxis_transform(),
         va="bottom",
         fontsize=8.5,

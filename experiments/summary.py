@@ -109,6 +109,22 @@ def accuracy_range(view: SearchView) -> tuple[float, float]:
     return max(0.0, low - margin), top + margin
 
 
+def loss_range(view: SearchView) -> tuple[float, float]:
+    """Returns the losses in nats, on a logarithmic axis, that show the front without crowding it.
+
+    A dense network that knows the search split by heart has a loss of nearly nothing; with it in
+    range, the front would be one flat line.
+    """
+    front = [value_of(row, "loss") for row in view.front_rows]
+    every = sorted(value_of(row, "loss") for row in view.rows)
+    low, high = max(every[0], 1e-9), max(*front, every[3 * len(every) // 4], 1e-9)
+    dense = view.dense_metrics.get("loss", low)
+    if low / 10 < dense:
+        low, high = min(low, dense), max(high, dense)
+    margin = max((high / low) ** 0.06, 1.05)
+    return low / margin, high * margin
+
+
 def ratio_matrix(view: SearchView) -> tuple[list[str], list[list[float]]]:
     """Returns the groups, and per group the pruning ratio in each row of the front."""
     ratios = [pruning_ratios(record, view.sizes, view.blocks) for record in view.front.records]

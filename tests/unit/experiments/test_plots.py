@@ -46,6 +46,17 @@ def test_failing_baselines_do_not_flatten_the_plot(made_up: type[MadeUp]) -> Non
     assert high < 100
 
 
+def test_a_dense_network_that_knows_the_split_by_heart_does_not_flatten_the_plot(
+    made_up: type[MadeUp],
+) -> None:
+    near = made_up.view(made_up.completed(0, 0.05, 400_000), made_up.completed(1, 0.4, 300_000))
+    assert summary.loss_range(near)[0] < near.dense_metrics["loss"]
+    far = made_up.view(made_up.completed(0, 0.5, 400_000), made_up.completed(1, 0.9, 300_000))
+    low, high = summary.loss_range(far)
+    assert 0.4 < low < 0.5 < 0.9 < high
+    assert "dense network: 0.01, below the axis" in page.front_page(far)
+
+
 def test_the_page_is_self_contained_and_tells_each_trial(view: SearchView) -> None:
     text = page.front_page(view)
     assert 'src="http' not in text
