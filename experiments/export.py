@@ -106,9 +106,7 @@ def export(
     rebuilding = partial(progress, "rebuilding the network layer by layer")
     evaluator = Evaluator(problem, graph)
     rebuilt = evaluator.network(record.plan, seed, rebuilding)
-    _check_metrics(
-        record, record.outcome, evaluate(rebuilt, problem.validation, problem.loss)
-    )
+    _check_metrics(record, record.outcome, evaluate(rebuilt, problem.validation, problem.loss))
     if problem.refit is not None:
         progress("reconstructing it on more examples", 0, 0)
     small = evaluator.final(record.plan, seed)

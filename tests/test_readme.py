@@ -43,7 +43,7 @@ def commands(text: str) -> Iterator[list[str]]:
         " ".join(span.split()) for span in re.findall(r"`(paretoprune [^`\s]+\s[^`]+)`", prose)
     ]
     for line in (*shown, *inline):
-        if line.startswith("paretoprune "):
+        if line.startswith("paretoprune ") and "…" not in line:
             command = re.split(r" {2,}", line)[0]  # what follows wide space explains it
             yield [NUMBERS.get(word, word) for word in shlex.split(command)[1:]]
 
