@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
@@ -35,6 +33,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from paretoprune.criteria import fingerprint
 from paretoprune.criteria.base import Calibration, CostClass
 from paretoprune.criteria.bn_scale import BnScale
+from paretoprune.criteria.checkpoint import Checkpoint
 from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.statistics import Loss
 from paretoprune.surgery import PruningGraph
@@ -198,7 +197,6 @@ def recede(
     Raises:
         ValueError: If there is no batch, or the loss stops being finite.
     """
-    key = json.dumps([fingerprint.of_model(model), repr(settings)])
     network = to_sigbn(model).train()
     weights = dict(network.named_parameters())
     bounded = {id(gamma) for gamma in gammas(network)}
@@ -214,7 +212,10 @@ def recede(
         nesterov=True,
     )  # fmt: skip
     rates = [group["lr"] for group in optimizer.param_groups]
-    done = _restore(checkpoint, key, network, weights, optimizer)
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(checkpoint, json.dumps([fingerprint.of_model(model), repr(settings)]))
+    done = 0 if kept is None else kept.read({"state": network}, optimizer)
     devices = range(torch.cuda.device_count())
     for epoch in range(settings.epochs):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -224,7 +225,8 @@ def recede(
             mean = _epoch(network, _large_enough(batches), loss, settings, optimizer, epoch < done)
         if mean is not None:
             progress(f"epoch {epoch + 1}/{settings.epochs}, loss {mean:.3f}")
-            _keep(checkpoint, key, epoch + 1, network, weights, optimizer)
+            if kept is not None:
+                kept.write(epoch + 1, {"state": network}, optimizer)
     result = to_batch_norm(network).eval()
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in result.named_parameters():
@@ -275,50 +277,3 @@ def _epoch(
             f"{settings.learning_rate}."
         )
     return mean
-
-
-def _keep(
-    file: Path | None,
-    key: str,
-    epochs: int,
-    network: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    if file is None:
-        return
-    tensors = {f"state/{name}": t.clone() for name, t in network.state_dict().items()}
-    for name, parameter in weights.items():
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum/{name}"] = momentum.clone()
-    draft = file.with_suffix(".draft")
-    save_file(tensors, draft, metadata={"key": key, "epochs": str(epochs)})
-    draft.replace(file)
-
-
-def _restore(
-    file: Path | None,
-    key: str,
-    network: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    """Returns how many epochs a checkpoint has, after taking them over; 0 without one."""
-    if file is None or not file.exists():
-        return 0
-    try:
-        with safe_open(file, "pt") as stored:
-            noted = stored.metadata() or {}
-            if noted.get("key") != key:
-                return 0
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except SafetensorError:  # half written when power was lost
-        return 0
-    state = {n.removeprefix("state/"): t for n, t in tensors.items() if n.startswith("state/")}
-    network.load_state_dict(state)
-    for name, parameter in weights.items():
-        if f"momentum/{name}" in tensors:
-            momentum = tensors[f"momentum/{name}"].to(parameter.device)
-            optimizer.state[parameter]["momentum_buffer"] = momentum
-    return int(noted["epochs"])

@@ -99,16 +99,52 @@ def search(
     data: Data = None,
     weights: Weights = None,
     trials: Annotated[int, typer.Option(help="Trials to finish.")] = 100,
-    criteria: Annotated[
+    strategy: Annotated[
         str,
+        typer.Option(
+            help="optuna, where a sampler decides, or everything: step by step a layer or "
+            "neurons leave, whichever changes less."
+        ),
+    ] = "optuna",
+    criteria: Annotated[
+        str | None,
         typer.Option(
             metavar="A,B",
             help="Criteria that may rank units; see [bold]paretoprune criteria[/bold].",
+            show_default="obs,obs_per_mac,taylor; kl for everything",
         ),
-    ] = "obs,obs_per_mac,taylor",
+    ] = None,
     sampler: Annotated[
         str, typer.Option(help="damage, or Optuna's tpe, nsga2, nsga3, gp or random.")
     ] = "damage",
+    finetune: Annotated[
+        int,
+        typer.Option(
+            metavar="EPOCHS", help="Fine-tune the best of the front for so many epochs, at last."
+        ),
+    ] = 0,
+    top: Annotated[
+        int, typer.Option(metavar="K", help="How many of the front are fine-tuned.")
+    ] = 3,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Let them learn from the dense network, too.")
+    ] = False,
+    recovery: Annotated[
+        int,
+        typer.Option(
+            metavar="EPOCHS",
+            help="With --strategy everything, train every candidate for so many epochs.",
+        ),
+    ] = 0,
+    report: Annotated[
+        str,
+        typer.Option(
+            metavar="energy",
+            help="Measure the energy that this machine takes for the search and its fine-tuning; "
+            "needs the package's extra of that name.",
+            show_default="nothing more",
+        ),
+    ] = "",
     seed: Seed = 0,
     workers: Annotated[
         int | None,
@@ -174,6 +210,12 @@ def search(
         gpus_per_trial,
         trial_timeout,
         storage,
+        strategy=strategy,
+        finetune=finetune,
+        top=top,
+        distil=distill,
+        recovery=recovery,
+        report=report,
     )
     commands.search(options, run=run, runs_dir=runs_dir, quiet=quiet, as_json=as_json)
 
@@ -260,6 +302,16 @@ def export(
             "with the network on real inputs. onnx needs the package's extra of that name.",
         ),
     ] = "safetensors",
+    report: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Measure more, of the dense network and the pruned one: robustness (accuracy "
+            "under FGSM and on 15 corruptions of the test images) and energy (of inference; "
+            "needs the package's extra of that name).",
+            show_default="nothing more",
+        ),
+    ] = "",
     runs_dir: RunsDir = RUNS,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -269,7 +321,14 @@ def export(
 
     choice = export_command.Choice(trial, max_flops, min_accuracy)
     export_command.export_run(
-        run, choice, to, formats=formats, runs_dir=runs_dir, quiet=quiet, as_json=as_json
+        run,
+        choice,
+        to,
+        formats=formats,
+        reports=report,
+        runs_dir=runs_dir,
+        quiet=quiet,
+        as_json=as_json,
     )
 
 

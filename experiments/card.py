@@ -8,8 +8,10 @@ from pathlib import Path
 
 from paretoprune.experiments.formats import Written
 from paretoprune.experiments.latency import Latency
+from paretoprune.experiments.reports import Report
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Record
+from paretoprune.search.record import LAYER, NEURONS
 from paretoprune.surgery import Cost
 from paretoprune.surgery.serialization import is_trusted
 
@@ -78,7 +80,11 @@ class CardFacts:
 
 
 def model_card(
-    facts: CardFacts, dense: Measured, small: Measured, written: Sequence[Written] = ()
+    facts: CardFacts,
+    dense: Measured,
+    small: Measured,
+    written: Sequence[Written] = (),
+    reports: Sequence[Report] = (),
 ) -> str:
     """Returns the card in Markdown."""
     share = small.cost.macs / dense.cost.macs
@@ -91,6 +97,7 @@ def model_card(
         _numbers(dense, small),
         _footnotes(facts, dense, small, written),
         *_formats(written),
+        *(report.markdown for report in reports),
         "## Load it\n" + "\n\n".join([_loading(facts.reference), *_running(written)]),
         "## How it was obtained\n" + _origin(facts),
         "## Files\n"
@@ -257,12 +264,21 @@ def _origin(facts: CardFacts) -> str:
     candidate = record.candidate
     removed = ", ".join(_removed(record)) or "none"
     run = f" of run `{facts.run}`" if facts.run else ""
-    origin = "a one-shot baseline" if record.origin == "seed" else "found by the search"
+    origins = {
+        "seed": "a one-shot baseline",
+        LAYER: "a step of the strategy `everything` that removed a layer",
+        NEURONS: "a step of the strategy `everything` that removed neurons",
+    }
+    origin = origins.get(record.origin, "found by the search")
+    epochs = record.finetuned_metrics.get("epochs")
+    trained = "without training" if epochs is None else f"then fine-tuned for {epochs:.0f} epochs"
+    if epochs is None and record.origin in (LAYER, NEURONS):
+        trained = "and trained where the search was given epochs for it"
     versions = ", ".join(f"{name} {number}" for name, number in facts.libraries.items())
     return (
         f"Trial {record.number}{run}, {origin}: units ranked by `{candidate.criterion}`, "
         f"{candidate.allocation} allocation, residual blocks removed: {removed}. The weights were "
-        f"then reconstructed by least squares on calibration data, without training.\n\n"
+        f"then reconstructed by least squares on calibration data, {trained}.\n\n"
         f"Versions: {versions}."
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from safetensors.torch import save_file
 from paretoprune.criteria import CRITERIA
 from paretoprune.experiments import runs
 from paretoprune.experiments.counting import thop_macs
+from paretoprune.experiments.energy import check_energy, energy_of_run, metered
+from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.progress import (
     SearchProgress,
     long_step,
@@ -28,9 +32,18 @@ from paretoprune.experiments.tables import front_csv, front_json, front_table
 from paretoprune.experiments.tracker import MlflowListener
 from paretoprune.experiments.units import parse_flops
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import Problem, SearchInterrupted, StoreFailed, checks, read_run
+from paretoprune.search import (
+    Finetuning,
+    Problem,
+    SearchInterrupted,
+    StoreFailed,
+    checks,
+    read_run,
+)
 from paretoprune.search import search as run_search
-from paretoprune.search.loop import EVALUATIONS
+from paretoprune.search.loop import DEFAULTS
+from paretoprune.search.stages import EVALUATIONS
+from paretoprune.search.weights import FOLDER as WEIGHTS
 from paretoprune.surgery import trace
 
 DENSE_FILE = "dense.safetensors"
@@ -46,7 +59,7 @@ class SearchOptions:
     data: str | None = None
     weights: str | None = None
     trials: int = 100
-    criteria: str = "obs,obs_per_mac,taylor"
+    criteria: str | None = None
     sampler: str = "damage"
     seed: int = 0
     workers: int | None = None
@@ -54,6 +67,12 @@ class SearchOptions:
     gpus_per_trial: float | None = None
     trial_timeout: float | None = None
     storage: str | None = None
+    strategy: str = "optuna"
+    finetune: int = 0
+    top: int = 3
+    distil: bool = False
+    recovery: int = 0
+    report: str = ""
 
     def checked(self) -> RunSpec:
         """Returns the run that they describe.
@@ -61,7 +80,9 @@ class SearchOptions:
         Raises:
             ValueError: If one of them cannot be meant.
         """
-        names = tuple(name.strip() for name in self.criteria.split(","))
+        checks.check_name("strategy", self.strategy, DEFAULTS)
+        given = self.criteria and tuple(name.strip() for name in self.criteria.split(","))
+        names = given or DEFAULTS[self.strategy]
         for name in names:
             checks.check_name("criterion", name, CRITERIA)
         checks.check_sampler(self.sampler)
@@ -69,6 +90,18 @@ class SearchOptions:
         checks.check_count("--seed", self.seed, 0)
         checks.check_count("--workers", self.workers or 0, 0)
         checks.check_workers(self.workers, self.gpus_per_trial, self.trial_timeout)
+        checks.check_count("--finetune", self.finetune, 0)
+        checks.check_count("--top", self.top, 1)
+        checks.check_count("--recovery", self.recovery, 0)
+        reports = [name.strip() for name in self.report.split(",") if name.strip()]
+        for name in reports:
+            checks.check_name("report of a search", name, ("energy",))
+        if reports:
+            check_energy()
+        if self.recovery and self.strategy != "everything":
+            raise ValueError("--recovery trains the candidates of --strategy everything alone.")
+        if self.distil and not self.finetune and not self.recovery:
+            raise ValueError("--distill needs a training: give --finetune EPOCHS.")
         return RunSpec(
             model=self.model,
             flops=parse_flops(self.flops),
@@ -77,6 +110,12 @@ class SearchOptions:
             data=_anchored(self.data),
             weights=_absolute(self.weights),
             sampler=self.sampler,
+            strategy=self.strategy,
+            finetune=self.finetune,
+            top=self.top,
+            distil=self.distil,
+            recovery=self.recovery,
+            energy=bool(reports),
             seed=self.seed,
             workers=self.workers,
             address=self.address,
@@ -174,18 +213,21 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
     Raises:
         typer.Exit: With status 130, if the user interrupts.
     """
-    shown = SearchProgress(progress_console(), quiet=quiet)
+    finetuning = finetuning_of(spec, problem)
+    shown = SearchProgress(progress_console(), quiet=quiet, then=_then(spec, folder))
     tracked = MlflowListener(
         folder, spec, thop_macs=lambda: thop_macs(problem.model, problem.example_inputs)
     )
     try:
-        with shown:
+        with shown, _metered(spec, folder):
             run_search(
                 problem,
                 spec.flops,
                 spec.trials,
+                strategy=spec.strategy,
                 criteria=spec.criteria,
                 sampler=spec.sampler,
+                finetuning=finetuning,
                 seed=spec.seed,
                 workers=spec.workers,
                 address=spec.address,
@@ -214,6 +256,37 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
         return
     typer.echo(f"look at it:      paretoprune ui {_named(folder)}")
     typer.echo(f"export the best: paretoprune export {_named(folder)} --to DIR")
+
+
+def finetuning_of(spec: RunSpec, problem: Problem) -> Finetuning | None:
+    """Returns how a run trains; None if it does not."""
+    if not spec.finetune and not spec.recovery:
+        return None
+    trainer = FineTuner.of(problem, distil=spec.distil)
+    return Finetuning(trainer, epochs=spec.finetune, top=spec.top, recovery=spec.recovery)
+
+
+@contextmanager
+def _metered(spec: RunSpec, folder: Path) -> Iterator[None]:
+    """Adds the energy that this machine takes meanwhile to that of earlier drivers of the run."""
+    if not spec.energy:
+        yield
+        return
+    with ExitStack() as stack:
+        meter = stack.enter_context(metered())
+        try:
+            yield
+        finally:
+            stack.close()  # the meter is filled in now
+            typer.echo(f"energy of {energy_of_run(folder, meter)}", err=True)
+
+
+def _then(spec: RunSpec, folder: Path) -> str | None:
+    """Returns what comes after the trials, and where to follow it."""
+    if not spec.finetune:
+        return None
+    logs = folder / WEIGHTS / "*.log"
+    return f"then the best {spec.top} are fine-tuned for {spec.finetune} epochs; see {logs}"
 
 
 def _named(folder: Path) -> str:

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +20,13 @@ from paretoprune.experiments.card import CardFacts, Measured, model_card, weight
 from paretoprune.experiments.counting import thop_macs
 from paretoprune.experiments.formats import ExportFailed, Written, count_examples, write_format
 from paretoprune.experiments.latency import Latency, conditions, measure_latency, widths
+from paretoprune.experiments.reports import REPORTS, Report
 from paretoprune.experiments.runs import library_versions
 from paretoprune.search import Batch, Completed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.metrics import evaluate, forward
 from paretoprune.search.saliency import Progress, silent
+from paretoprune.search.weights import Weights, trained_weights
 from paretoprune.surgery import (
     Cost,
     PruningGraph,
@@ -48,6 +50,7 @@ class Exported:
         dense: What was measured of the dense network.
         small: What was measured of the exported network.
         written: What was measured of each file beside the weights.
+        reports: What else was measured.
     """
 
     directory: Path
@@ -55,6 +58,7 @@ class Exported:
     dense: Measured
     small: Measured
     written: tuple[Written, ...]
+    reports: tuple[Report, ...] = ()
 
 
 def check_destination(directory: Path) -> None:
@@ -72,7 +76,9 @@ def export(
     record: Record,
     directory: Path,
     *,
+    weights: Weights | None = None,
     formats: Sequence[str] = (),
+    reports: Sequence[str] = (),
     run: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -88,13 +94,16 @@ def export(
         problem: The problem of the search.
         record: A completed record.
         directory: The new folder.
+        weights: Of the run, where networks were trained in it; they are taken as they are.
         formats: What to write beside safetensors: names of `FORMATS`.
+        reports: What to measure beyond accuracy, cost and latency: names of `REPORTS`.
         run: Name of the run, for the card.
         seed: Seed of the search.
         progress: Told the stages, and how far each is.
 
     Raises:
-        ValueError: If `directory` exists, or the record is not a completed one.
+        ValueError: If `directory` exists, the record is not a completed one, or weights that
+            were trained are missing.
         ExportFailed: If the rebuilt or a written network is not the record's, or a format cannot
             hold it.
     """
@@ -105,11 +114,13 @@ def export(
     graph = trace(problem.model, problem.example_inputs)
     rebuilding = partial(progress, "rebuilding the network layer by layer")
     evaluator = Evaluator(problem, graph)
-    rebuilt = evaluator.network(record.plan, seed, rebuilding)
-    _check_metrics(record, record.outcome, evaluate(rebuilt, problem.validation, problem.loss))
-    if problem.refit is not None:
+    kind = trained_weights(record)
+    rebuilt = _network(problem, evaluator, graph, record, weights, seed, rebuilding)
+    expected = record.finetuned_metrics or record.outcome.metrics
+    _check_metrics(record, expected, evaluate(rebuilt, problem.validation, problem.loss))
+    if problem.refit is not None and kind is None:
         progress("reconstructing it on more examples", 0, 0)
-    small = evaluator.final(record.plan, seed)
+    small = evaluator.final(record.plan, seed) if kind is None else rebuilt
     search_metrics = evaluate(small, problem.validation, problem.loss)
     dense, small = copy.deepcopy(problem.model).cpu().eval(), small.cpu().eval()
     inputs, _ = next(iter(problem.validation))
@@ -117,6 +128,7 @@ def export(
         written = tuple(_written(formats, folder, dense, small, inputs, problem, progress))
         progress("measuring accuracy and latency", 0, 0)
         measured = _measure(problem, graph, record.plan, dense, small, search_metrics)
+        reported = {name: REPORTS[name](problem, dense, small, progress) for name in reports}
         save(
             folder,
             small,
@@ -126,6 +138,7 @@ def export(
             metrics={
                 **measured[1].to_json(),
                 "formats": {one.name: one.to_json() for one in written},
+                "reports": {name: one.to_json() for name, one in reported.items()},
             },
             example_inputs=problem.example_inputs,
         )
@@ -140,8 +153,10 @@ def export(
             libraries=library_versions(),
             reference=problem.reference,
         )
-        (folder / "README.md").write_text(model_card(facts, *measured, written))
-    return Exported(directory, small, *measured, written)
+        (folder / "README.md").write_text(
+            model_card(facts, *measured, written, [*reported.values()])
+        )
+    return Exported(directory, small, *measured, written, tuple(reported.values()))
 
 
 def _written(
@@ -177,7 +192,28 @@ def _new_folder(directory: Path) -> Iterator[Path]:
         raise
 
 
-def _check_metrics(record: Record, outcome: Completed, rebuilt: dict[str, float]) -> None:
+def _network(
+    problem: Problem,
+    evaluator: Evaluator,
+    graph: PruningGraph,
+    record: Record,
+    weights: Weights | None,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> nn.Module:
+    """Returns the network of a record: with its trained weights, or rebuilt from its plan."""
+    assert record.plan is not None
+    kind = trained_weights(record)
+    if kind is None:
+        return evaluator.network(record.plan, seed, progress)
+    if weights is None:
+        raise ValueError(f"trial {record.number} was trained; its run's weights are needed.")
+    return weights.network(problem.model, graph, record.plan, kind)
+
+
+def _check_metrics(
+    record: Record, expected: Mapping[str, float], rebuilt: dict[str, float]
+) -> None:
     """Verifies that the rebuilt network is the one that the search evaluated.
 
     Other thread counts add numbers in another order, so the last digits may differ.
@@ -186,7 +222,7 @@ def _check_metrics(record: Record, outcome: Completed, rebuilt: dict[str, float]
         ExportFailed: If loss or accuracy are others.
     """
     for name, tolerance in (("loss", 1e-3), ("accuracy", 2e-3)):
-        before, now = outcome.metrics.get(name), rebuilt.get(name)
+        before, now = expected.get(name), rebuilt.get(name)
         if before is None or now is None:
             continue
         if abs(before - now) > tolerance * max(1.0, abs(before)):

@@ -15,6 +15,7 @@ from paretoprune.experiments.commands import problem_of, view_of
 from paretoprune.experiments.export import Exported, check_destination, export
 from paretoprune.experiments.formats import parse_formats
 from paretoprune.experiments.progress import long_step, progress_console
+from paretoprune.experiments.reports import parse_reports
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.store import ExportPlace
 from paretoprune.experiments.tracking import register_export
@@ -22,6 +23,7 @@ from paretoprune.experiments.units import parse_accuracy, parse_flops
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Completed, Problem, Record
 from paretoprune.search.evaluation import one_line
+from paretoprune.search.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Choice:
         limit = None if self.max_flops is None else parse_flops(self.max_flops)
         if isinstance(limit, float):
             limit = int(limit * view.dense.macs)
-        return view.front.best(limit)
+        return view.front.best(view.target if limit is None else limit)
 
 
 def _completed(view: SearchView, number: int) -> Record:
@@ -75,12 +77,13 @@ def export_run(
     to: Path,
     *,
     formats: str,
+    reports: str = "",
     runs_dir: Path,
     quiet: bool,
     as_json: bool = False,
 ) -> None:
     """Exports a trial of a run, registers it in MLflow, and prints what was verified."""
-    beside = parse_formats(formats)
+    beside, more = parse_formats(formats), parse_reports(reports)
     check_destination(to)
     folder, spec = runs.load_run(runs_dir, name)
     record = choice.of(view_of(folder, spec))
@@ -88,7 +91,15 @@ def export_run(
     title = f"Exporting trial {record.number}"
     with long_step(progress_console(), title, quiet=quiet) as progress:
         done = export(
-            problem, record, to, formats=beside, run=name, seed=spec.seed, progress=progress
+            problem,
+            record,
+            to,
+            weights=Weights.of_run(folder),
+            formats=beside,
+            reports=more,
+            run=name,
+            seed=spec.seed,
+            progress=progress,
         )
         progress("registering it in MLflow")
         registered = _registered(done, problem, record, folder, spec)
@@ -99,11 +110,14 @@ def export_run(
             "dense": done.dense.to_json(),
             "exported": done.small.to_json(),
             "formats": {one.name: one.to_json() for one in done.written},
+            "reports": {k: v for report in done.reports for k, v in report.metrics.items()},
             "mlflow": registered,
         }
         typer.echo(json.dumps(facts, indent=2))
     else:
         typer.echo(verdict(to, done.dense, done.small, done.written))
+        for report in done.reports:
+            typer.echo(report.line)
         typer.echo(f"MLflow   {registered}")
 
 
@@ -118,10 +132,12 @@ def _registered(
             "its inputs are no single tensor" if file.exists() else "the run is not there"
         )
     where = json.loads(file.read_text())
+    metrics = {k: v for report in done.reports for k, v in report.metrics.items()}
     place = ExportPlace(where["uri"], where["experiment"], spec.id, record.number, problem.name)
     try:
         about = (done.directory / "README.md").read_text()
-        uri = register_export(place, done.directory, done.model, example, about)
-        return uri
+        return register_export(
+            place, done.directory, done.model, example, about=about, metrics=metrics
+        )
     except Exception as error:  # the export is complete without it
         return f"not registered: {one_line(error)}"

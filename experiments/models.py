@@ -100,6 +100,30 @@ def resnet56(num_classes: int = 10) -> ResNet:
     return ResNet(9, (16, 32, 64), 3, num_classes)
 
 
+def resnet110(num_classes: int = 10) -> ResNet:
+    """Returns an untrained ResNet-110 for 32x32 RGB images: 252.9 MMACs, 1.73 M params."""
+    return ResNet(18, (16, 32, 64), 3, num_classes)
+
+
+def vgg16(num_classes: int = 10) -> nn.Sequential:
+    """Returns an untrained VGG-16 with BatchNorm for 32x32 RGB images, with one linear layer.
+
+    Simonyan & Zisserman, ICLR 2015, arXiv:1409.1556, in the form of arXiv:2204.06404: without the
+    last max-pooling, and 2x2 average pooling before the linear layer.
+    """
+    layers: list[nn.Module] = []
+    before = 3
+    for stage, channels in enumerate((64, 128, 256, 512, 512)):
+        if stage:
+            layers.append(nn.MaxPool2d(2))
+        for _ in range(2 if stage < 2 else 3):
+            conv = nn.Conv2d(before, channels, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+            nn.init.kaiming_normal_(conv.weight)
+            before = channels
+    return nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(512, num_classes))
+
+
 def digits_resnet(num_classes: int = 10) -> ResNet:
     """Returns an untrained ResNet-14 for 8x8 grey images: 0.36 MMACs, 30 k params."""
     return ResNet(2, (8, 16, 24), 1, num_classes)

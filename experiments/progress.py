@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,7 +18,7 @@ from paretoprune.experiments.stages import Stages, clock_time
 from paretoprune.experiments.tables import Row, front_table
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import Failed, Infeasible, ParetoFront, Record, SearchInfo
+from paretoprune.search import Completed, Failed, Infeasible, ParetoFront, Record, SearchInfo
 
 _LINE_SECONDS = 10.0
 """Least time between plain lines that say nothing new."""
@@ -69,10 +68,12 @@ class SearchProgress:
     Args:
         console: Where to show it; live if `is_live` says so.
         quiet: Shows nothing.
+        then: What comes after the trials, in a few words.
     """
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False, then: str | None = None) -> None:
         self._console = console
+        self._then = then
         self._quiet = quiet
         self._view: SearchView | None = None
         self._trials = 0
@@ -125,12 +126,16 @@ class SearchProgress:
         if self._quiet:
             return
         assert self._view is not None, "the search announces its start before its trials"
-        self._view = view = replace(self._view, records=(*self._view.records, record))
+        self._view = view = self._view.told(record)
         if self._live is not None:
             self._live.update(self._render(view))
             return
-        best = front.best().number if front.records else None
-        news = best != self._best or _reason(record) not in self._reasons
+        best = None if view.best is None else view.best.number
+        news = (
+            record.finetuned is not None
+            or best != self._best
+            or _reason(record) not in self._reasons
+        )
         done = len(view.records) == self._trials
         due = time.monotonic() - self._said > _LINE_SECONDS
         if done or due or news:
@@ -147,7 +152,7 @@ class SearchProgress:
         return (
             f"{view.name}: {format_count(view.dense.macs)} MACs, target at most "
             f"{format_count(view.target)} ({format_percent(view.target_ratio)}), "
-            f"{self._trials} trials{resumed}"
+            f"{self._trials} trials{resumed}{'' if self._then is None else f', {self._then}'}"
         )
 
     def _line(self, view: SearchView, record: Record) -> str:
@@ -157,6 +162,11 @@ class SearchProgress:
                 parts.append(f"trial {record.number} failed: {error}")
             case Infeasible(reason=reason):
                 parts.append(f"trial {record.number} infeasible: {reason}")
+        match record.finetuned:
+            case Failed(error=error):
+                parts.append(f"fine-tuning of trial {record.number} failed: {error}")
+            case Completed():
+                parts.append(f"trial {record.number} is fine-tuned")
         best = _best_row(view)
         if best is not None:
             parts.append(f"best trial {best.trial}: {_result(best)}")
@@ -205,14 +215,15 @@ def _reason(record: Record) -> str | None:
 
 
 def _best_row(view: SearchView) -> Row | None:
-    if not view.front_rows:
+    if view.best is None:
         return None
-    number = view.front.best().number
-    return next(row for row in view.front_rows if row.trial == number)
+    return next(row for row in view.front_rows if row.trial == view.best.number)
 
 
 def _result(row: Row) -> str:
-    if row.accuracy is not None:
+    if row.finetuned_accuracy is not None:
+        quality = f"accuracy {format_percent(row.finetuned_accuracy, 2)} after fine-tuning"
+    elif row.accuracy is not None:
         quality = f"accuracy {format_percent(row.accuracy, 2)}"
     else:
         quality = f"loss {row.loss:.4f}"

@@ -26,7 +26,12 @@ from paretoprune.experiments.references import (
     load_weights,
 )
 from paretoprune.experiments.sources import ExampleArray, float32, picked
-from paretoprune.experiments.splits import Splits, TrainingBatches, split
+from paretoprune.experiments.splits import (
+    Splits,
+    TrainingBatches,
+    split,
+    training_batch_size_for,
+)
 from paretoprune.experiments.training import Progress, Training, silent, train
 from paretoprune.search.checks import check_problem
 from paretoprune.search.metrics import evaluating, forward
@@ -67,9 +72,8 @@ def digits(*, data: str | None, weights: str | None, seed: int, progress: Progre
         batches = TrainingBatches(opened.train, splits.training, batch_size=64, seed=seed)
         training = replace(DIGITS_TRAINING, seed=seed)
         model = train(model, batches, training, progress=progress)
-    return _problem(
-        "digits", Network(model, f"{models.__name__}:digits_resnet", {}), opened, splits
-    )
+    network = Network(model, f"{models.__name__}:digits_resnet", {})
+    return _problem("digits", network, opened, splits, seed)
 
 
 def cifar10_resnet(
@@ -99,7 +103,7 @@ def cifar10_resnet(
     opened = load_data(data, seed=seed)
     _check_network(model, opened)
     network = Network(model, f"{models.__name__}:resnet{depth}", {})
-    return _problem(name, network, opened, split(opened.train, seed=seed, seen=True))
+    return _problem(name, network, opened, split(opened.train, seed=seed, seen=True), seed)
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -162,7 +166,7 @@ def _from_library(
         progress(f"{reference} is untrained, because no --weights are given")
     exact = not isinstance(opened.train, ExampleArray)  # that one holds a part of the data
     _check_network(network.model, opened, exact=exact)
-    return _problem(reference, network, opened, split(opened.train, seed=seed))
+    return _problem(reference, network, opened, split(opened.train, seed=seed), seed)
 
 
 def _from_function(
@@ -198,7 +202,7 @@ def _from_function(
     opened = opened or _opened(reference, data, seed)
     _check_network(model, opened)
     network = Network(model, reference, arguments)
-    return _problem(reference, network, opened, split(opened.train, seed=seed))
+    return _problem(reference, network, opened, split(opened.train, seed=seed), seed)
 
 
 def _check_network(model: nn.Module, data: Data, *, exact: bool = False) -> None:
@@ -228,8 +232,9 @@ def _check_network(model: nn.Module, data: Data, *, exact: bool = False) -> None
         )
 
 
-def _problem(name: str, network: Network, data: Data, splits: Splits) -> Problem:
+def _problem(name: str, network: Network, data: Data, splits: Splits, seed: int) -> Problem:
     inputs, _ = splits.calibration[0]
+    batch_size = training_batch_size_for(data.train)
     return Problem(
         network.model,
         picked(inputs, torch.arange(2)),
@@ -237,6 +242,7 @@ def _problem(name: str, network: Network, data: Data, splits: Splits) -> Problem
         recalibration=splits.recalibration,
         refit=splits.refit,
         validation=splits.validation,
+        training=TrainingBatches(data.train, splits.training, batch_size, seed),
         test=data.test,
         name=name,
         reference=network.reference,

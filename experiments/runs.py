@@ -48,6 +48,12 @@ class RunSpec:
         data: Data reference; None takes the recipe's.
         weights: Path of the trained weights; None takes the recipe's.
         sampler: Name of the sampler.
+        strategy: `optuna` or `everything`.
+        finetune: Epochs that the best of the front are fine-tuned for.
+        top: How many of the front are fine-tuned.
+        distil: Whether they learn from the dense network's outputs, too.
+        recovery: Epochs that candidates of the strategy `everything` are trained for.
+        energy: Whether the energy of the search is measured.
         seed: Seed of data splits and sampler.
         workers: Parallel evaluations; None lets the executor decide.
         address: Ray cluster; None runs locally.
@@ -65,6 +71,12 @@ class RunSpec:
     data: str | None = None
     weights: str | None = None
     sampler: str = "tpe"
+    strategy: str = "optuna"
+    finetune: int = 0
+    top: int = 3
+    distil: bool = False
+    recovery: int = 0
+    energy: bool = False
     seed: int = 0
     workers: int | None = None
     address: str | None = None

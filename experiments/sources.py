@@ -6,7 +6,7 @@ Legend: n examples, c channels, h and w pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -66,28 +66,42 @@ class ImageArray:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def on(self, device: torch.device) -> ImageArray:
+        """Returns the same images on a device, where they are then augmented."""
+        return replace(self, images=self.images.to(device), targets=self.targets.to(device))
+
     def read(self, indices: Tensor, augmentation: torch.Generator | None = None) -> Batch:
-        """Returns normalised float32 images, shape (batch, c, h, w), and their classes."""
+        """Returns normalised float32 images, shape (batch, c, h, w), and their classes.
+
+        The augmentation is drawn on the CPU, so that it is the same on every device.
+        """
+        device = self.images.device
+        indices = indices.to(device)
         images = self.images[indices].permute(0, 3, 1, 2).float() / self.scale
         if augmentation is not None:
             images = _shifted(images, self.shift, augmentation)
             if self.flip:
-                mirrored = torch.rand(len(images), generator=augmentation) < 0.5
+                mirrored = (torch.rand(len(images), generator=augmentation) < 0.5).to(device)
                 images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
-        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        mean = torch.tensor(self.mean, device=device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=device).view(1, -1, 1, 1)
         return ((images - mean) / std).contiguous(), self.targets[indices]
 
 
 def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     """Returns each image moved by its own random offset of up to `shift` pixels per axis."""
-    n, _, height, width = images.shape
+    n, channels, height, width = images.shape
     padded = F.pad(images, (shift,) * 4)
-    down, right = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
-    rows = (down + torch.arange(height))[:, None, :, None]
-    columns = (right + torch.arange(width))[:, None, None, :]
-    example = torch.arange(n)[:, None, None, None]
-    channel = torch.arange(images.shape[1])[None, :, None, None]
+
+    def positions(size: int) -> Tensor:
+        return torch.arange(size, device=images.device)
+
+    drawn = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
+    down, right = drawn.to(images.device)
+    rows = (down + positions(height))[:, None, :, None]
+    columns = (right + positions(width))[:, None, None, :]
+    example = positions(n)[:, None, None, None]
+    channel = positions(channels)[None, :, None, None]
     return padded[example, channel, rows, columns]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from paretoprune.experiments.sources import Source, float32
+from paretoprune.experiments.sources import ImageArray, Source, float32
 from paretoprune.search.problem import Batch
 
 LARGE_EXAMPLE = 3 * 96 * 96
@@ -62,8 +62,9 @@ class Batches:
 class TrainingBatches:
     """A re-iterable of batches; every iteration is a new epoch, shuffled and augmented.
 
-    The sequence of epochs depends on the seed alone. The last, smaller batch of an epoch is left
-    out, because BatchNorm cannot train on a few examples.
+    An epoch depends on the seed and its number alone, so that a training goes on at any of them.
+    The last, smaller batch of an epoch is left out, because BatchNorm cannot train on a few
+    examples.
 
     Args:
         source: Where the examples are.
@@ -76,15 +77,37 @@ class TrainingBatches:
         self._source = source
         self._indices = indices
         self._batch_size = min(batch_size, len(indices))
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._next = 0
 
     def __len__(self) -> int:
         return len(self._indices) // self._batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        order = torch.randperm(len(self._indices), generator=self._generator)
+        self._next += 1
+        return self.epoch(self._next - 1)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yields the batches of an epoch.
+
+        Args:
+            number: From 0.
+        """
+        generator = torch.Generator().manual_seed((self._seed << 20) + number)
+        order = torch.randperm(len(self._indices), generator=generator)
         for part in self._indices[order].split(self._batch_size)[: len(self)]:
-            yield float32(self._source.read(part, self._generator))
+            yield float32(self._source.read(part, generator))
+
+    def resized(self, examples: int, batch_size: int) -> TrainingBatches:
+        """Returns batches of another size, of the first so many examples alone."""
+        return TrainingBatches(self._source, self._indices[:examples], batch_size, self._seed)
+
+    def on(self, device: torch.device) -> TrainingBatches:
+        """Returns the same batches with small images kept on a device, and augmented there."""
+        if not isinstance(self._source, ImageArray):
+            return self
+        source = self._source.on(device)
+        return TrainingBatches(source, self._indices, self._batch_size, self._seed)
 
 
 @dataclass(frozen=True)
@@ -150,6 +173,11 @@ def split(source: Source, *, seed: int, seen: bool = False, sizes: Sizes | None 
 def batch_size_for(source: Source) -> int:
     """Returns the batch size that suits the size of an example."""
     return 32 if _is_large(source) else 250
+
+
+def training_batch_size_for(source: Source) -> int:
+    """Returns the batch size of a training that suits the size of an example."""
+    return 64 if _is_large(source) else 128
 
 
 def sizes_for(source: Source) -> Sizes:

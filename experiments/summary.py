@@ -12,7 +12,7 @@ def headline(view: SearchView) -> str:
     """Returns one sentence: the best member of the front beside the dense network."""
     if not view.front_rows:
         return f"{view.name}: no completed trial yet."
-    best = view.front.best()
+    best = view.best or view.front.best()
     row = next(row for row in view.front_rows if row.trial == best.number)
     return (
         f"{view.name}: trial {row.trial} keeps {format_percent(row.macs_ratio)} of the MACs "
@@ -22,6 +22,9 @@ def headline(view: SearchView) -> str:
 
 def _beside(row: Row, view: SearchView) -> str:
     dense = view.dense_metrics
+    if row.finetuned_accuracy is not None and "accuracy" in dense:
+        accuracy = f"accuracy {format_percent(row.finetuned_accuracy, 2)} on the search split"
+        return f", {accuracy} after fine-tuning (dense {format_percent(dense['accuracy'], 2)})"
     if row.accuracy is not None and "accuracy" in dense:
         accuracy = f"accuracy {format_percent(row.accuracy, 2)} on the search split"
         return f", {accuracy} (dense {format_percent(dense['accuracy'], 2)})"

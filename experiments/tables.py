@@ -13,6 +13,7 @@ from rich.table import Table
 
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Completed, ParetoFront, Record
+from paretoprune.search.record import LAYER, NEURONS
 from paretoprune.surgery import Cost, PruningPlan
 
 
@@ -33,6 +34,8 @@ class Row:
         origin: `seed` for a one-shot baseline, else `sampler`.
         seconds: Wall time of the evaluation.
         on_front: Whether no other trial dominates it.
+        finetuned_loss: Loss after fine-tuning; None without one.
+        finetuned_accuracy: Accuracy after fine-tuning; None without one.
     """
 
     trial: int
@@ -47,6 +50,8 @@ class Row:
     origin: str
     seconds: float
     on_front: bool
+    finetuned_loss: float | None = None
+    finetuned_accuracy: float | None = None
 
 
 def rows_of(records: Iterable[Record], front: ParetoFront, dense: Cost) -> list[Row]:
@@ -80,6 +85,8 @@ def _row(record: Record, outcome: Completed, dense: Cost, on_front: bool) -> Row
         origin=record.origin,
         seconds=outcome.seconds,
         on_front=on_front,
+        finetuned_loss=record.finetuned_metrics.get("loss"),
+        finetuned_accuracy=record.finetuned_metrics.get("accuracy"),
     )
 
 
@@ -124,7 +131,8 @@ def dense_numbers(dense: Cost, metrics: Mapping[str, float]) -> list[str]:
 
 def words(row: Row, most_blocks: int) -> list[str]:
     """Returns a row's cells under `WORDS`, with at most so many blocks by name."""
-    decided = f"{row.criterion} {row.allocation}" + (" one-shot" if row.origin == "seed" else "")
+    about = {"seed": " one-shot", LAYER: ", a layer", NEURONS: ", neurons"}
+    decided = f"{row.criterion} {row.allocation}{about.get(row.origin, '')}"
     named = row.removed[:most_blocks]
     if len(row.removed) > most_blocks:
         named = (*row.removed[: most_blocks - 1], f"{len(row.removed) - most_blocks + 1} more")
@@ -149,11 +157,17 @@ def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, fl
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
+    finetuned = any(row.finetuned_loss is not None for row in rows)
+    if finetuned:
+        table.add_column("fine-tuned", justify="right", no_wrap=True)
     for name in WORDS:
         table.add_column(name)
-    table.add_row(*dense_numbers(dense, dense_metrics), "–", "–", style="dim")
+    beside = ["–"] if finetuned else []
+    table.add_row(*dense_numbers(dense, dense_metrics), *beside, "–", "–", style="dim")
     for row in rows:
-        table.add_row(*numbers(row), *words(row, most_blocks=2))
+        if finetuned:
+            beside = [_finetuned(row)]
+        table.add_row(*numbers(row), *beside, *words(row, most_blocks=2))
     return table
 
 
@@ -173,6 +187,11 @@ def kept_units(
         name: 0 if name in gone else len(plan.kept.get(name, range(size)))
         for name, size in sizes.items()
     }
+
+
+def _finetuned(row: Row) -> str:
+    loss, accuracy = _quality(row.finetuned_loss, row.finetuned_accuracy)
+    return loss if row.finetuned_accuracy is None else accuracy
 
 
 def pruning_ratios(

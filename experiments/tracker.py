@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -102,7 +101,7 @@ class MlflowListener:
 
     def _seen(self, record: Record) -> SearchView:
         assert self._view is not None, "the search announces its start before its trials"
-        self._view = replace(self._view, records=(*self._view.records, record))
+        self._view = self._view.told(record)
         return self._view
 
     def _guarded(self, action: Callable[[], None]) -> None:
@@ -135,7 +134,8 @@ class MlflowListener:
         self._search.add(record, view)
         if isinstance(record.outcome, Completed):  # no other can change the front
             self._search.mark(front)
-            self._search.add_progress([(record.number, front.hypervolume)], front)
+            if record.finetuned is None:
+                self._search.add_progress([(record.number, front.hypervolume)], view)
         begin = time.monotonic()
         if begin > self._redraw and front.records:
             self._search.draw(view, self._run_dir.name)

@@ -10,10 +10,11 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from paretoprune.experiments import page
@@ -144,12 +145,14 @@ class SearchRuns:
         """Writes the trials and the progress that MLflow lacks."""
         for record in view.records:
             run = self._children.get(record.number)
-            if run is None or run.info.status == "RUNNING":  # a crash between create and log
+            told = run is not None and run.info.status != "RUNNING"  # a crash before the log
+            finetuned = run is not None and run.data.tags.get("finetuned") is not None
+            if not told or (record.finetuned is not None and not finetuned):
                 self.add(record, view)
         self.mark(view.front)
         history = self._client.get_metric_history(self._parent, "hypervolume")
         known = {metric.step for metric in history}
-        self.add_progress([one for one in view.hypervolumes() if one[0] not in known], view.front)
+        self.add_progress([one for one in view.hypervolumes() if one[0] not in known], view)
 
     def add(self, record: Record, view: SearchView) -> None:
         """Writes one trial as a child run; a run begun earlier is completed."""
@@ -193,14 +196,14 @@ class SearchRuns:
                 self._client.set_tag(run_id, "pareto", str(number in members).lower())
                 self._pareto[number] = number in members
 
-    def add_progress(self, hypervolumes: list[tuple[int, float]], front: ParetoFront) -> None:
+    def add_progress(self, hypervolumes: list[tuple[int, float]], view: SearchView) -> None:
         """Writes the parent's curves: hypervolume, and loss and accuracy of the best."""
         from mlflow.entities import Metric
 
         now = _now()
         metrics = [Metric("hypervolume", round(v, 6), now, step) for step, v in hypervolumes]
-        if hypervolumes and front.records:
-            best = front.best().outcome
+        if hypervolumes and view.best is not None:
+            best = view.best.outcome
             assert isinstance(best, Completed)
             metrics += [
                 Metric(f"best_{name}", round(best.metrics[name], 4), now, hypervolumes[-1][0])
@@ -290,7 +293,13 @@ def _tracking_to(uri: str) -> Iterator[None]:
 
 
 def register_export(
-    place: ExportPlace, directory: Path, model: nn.Module, example: Tensor, about: str = ""
+    place: ExportPlace,
+    directory: Path,
+    model: nn.Module,
+    example: Tensor,
+    *,
+    about: str = "",
+    metrics: Mapping[str, float] = MappingProxyType({}),
 ) -> str:
     """Puts an export on its trial's run and registers the network as a model that loads.
 
@@ -302,6 +311,7 @@ def register_export(
         model: The exported network, in eval mode on the CPU.
         example: Inputs of at least two examples, so that the batch size stays free.
         about: Description of the model's version, in Markdown.
+        metrics: What else was measured, for the trial's run.
 
     Returns:
         The URI under which MLflow loads the model.
@@ -319,6 +329,8 @@ def register_export(
         raise LookupError(f"there is no run of trial {place.trial}")
     run_id = found[0].info.run_id
     client.log_artifacts(run_id, str(directory), "export")
+    for key, value in metrics.items():
+        client.log_metric(run_id, key, round(value, 6))
     name = place.name.replace(":", "-").replace("/", "-")  # MLflow's own separators
     with _tracking_to(place.uri), mlflow.start_run(run_id=run_id), _silenced():
         logged = mlflow.pytorch.log_model(

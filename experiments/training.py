@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from paretoprune.criteria import fingerprint
+from paretoprune.criteria.checkpoint import Checkpoint
 from paretoprune.search.metrics import device_of, forward
-from paretoprune.search.problem import Batch
+from paretoprune.search.problem import Batch, Epochs
 
 Progress = Callable[[str], None]
 """Receives one line of text per step of a long job."""
+Loss = Callable[[Any, Tensor], Tensor]
+"""(outputs, targets) -> scalar mean loss."""
 
 
 def silent(_line: str) -> None:
@@ -38,6 +45,11 @@ class Training:
         weight_decay: L2 penalty of matrices and kernels; biases and norms have none.
         label_smoothing: Probability mass moved to the other classes, in [0, 1). Szegedy et al.,
             CVPR 2016, arXiv:1512.00567.
+        distillation: Weight of the teacher against the targets, in [0, 1]. Hinton et al., 2015,
+            arXiv:1503.02531.
+        temperature: That both softmaxes of the distillation are taken at, positive.
+        average: Decay of the exponential moving average of weights and statistics that is
+            returned in place of the last ones, in [0, 1); 0 takes none.
         seed: Seeds what the network itself draws, such as dropout.
 
     Raises:
@@ -50,6 +62,9 @@ class Training:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 4.0
+    average: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,18 +75,22 @@ class Training:
             "momentum": (0 < self.momentum < 1, "lie in (0, 1)"),
             "weight_decay": (self.weight_decay >= 0, "not be negative"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "lie in [0, 1)"),
+            "distillation": (0 <= self.distillation <= 1, "lie in [0, 1]"),
+            "temperature": (self.temperature > 0, "be positive"),
+            "average": (0 <= self.average < 1, "lie in [0, 1)"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise ValueError(f"`{name}` must {rule}, but got {getattr(self, name)}.")
 
 
-class Epochs(Protocol):
-    """A re-iterable of a known number of batches; every iteration is an epoch."""
+@runtime_checkable
+class NumberedEpochs(Protocol):
+    """Batches whose epochs depend on their number alone, from 0."""
 
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Batch]: ...
+    def epoch(self, number: int) -> Iterable[Batch]:
+        """Returns the batches of one epoch."""
+        ...
 
 
 def train(
@@ -79,12 +98,18 @@ def train(
     batches: Epochs,
     training: Training,
     *,
-    loss: Callable[[Any, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
+    teacher: nn.Module | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> nn.Module:
     """Returns a trained copy of a network, in eval mode; the network itself is left untouched.
 
-    On one device and with the same number of threads, the result depends on the arguments alone.
+    On one device and with the same number of threads, the result depends on the arguments alone;
+    a training that was broken off and goes on from its checkpoint ends as it would have without a
+    break. On a GPU it computes in bfloat16 where autocast does. Weights stay in the layout that
+    they have: lay them out channels last before.
 
     Args:
         model: Where training starts.
@@ -92,50 +117,154 @@ def train(
         training: How to train.
         loss: (outputs, targets) -> scalar mean loss; by default the cross entropy with the label
             smoothing of `training`.
-        progress: Receives a line per epoch, with the time left.
+        teacher: Whose outputs are distilled, with the weight of `training`; on the same device.
+        penalty: Of the network, added to the loss of every batch.
+        checkpoint: File that is written after every epoch; where it is there, for the same
+            network and settings, training goes on from it. Epochs that are done are read again
+            where the batches are not `NumberedEpochs`.
+        progress: Receives a line per epoch, with images per second and the time left.
 
     Raises:
-        ValueError: If there are no batches, or the loss stops being finite.
+        ValueError: If there are no batches, a teacher is missing, or the loss stops being finite.
     """
-    steps = len(batches)
-    if not steps:
+    if not len(batches):
         raise ValueError("training needs at least one batch, but got none.")
-    model = copy.deepcopy(model).train()
-    loss = loss or partial(F.cross_entropy, label_smoothing=training.label_smoothing)
-    optimizer = _optimizer(model, training)
-    schedule = LambdaLR(optimizer, partial(_rate, training.warmup, steps * training.epochs))
+    if training.distillation and teacher is None:
+        raise ValueError("distillation needs a teacher, but got none.")
+    run = _Run(model, training, _loss(training, loss, teacher), penalty, len(batches))
+    kept = None
+    if checkpoint is not None:
+        teaches = None if teacher is None else fingerprint.of_model(teacher)
+        key = json.dumps([fingerprint.of_model(model), repr(training), len(batches), teaches])
+        kept = Checkpoint(checkpoint, key)
+    done = 0 if kept is None else kept.read(run.networks, run.optimizer)
     started = time.monotonic()
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
-        torch.manual_seed(training.seed)
-        for epoch in range(1, training.epochs + 1):
-            mean = _run_epoch(model, batches, loss, optimizer, schedule)
+    with _repeatable(run.device):
+        for epoch in range(training.epochs):
+            torch.manual_seed((training.seed << 20) + epoch)
+            if epoch < done:
+                run.skip(batches)
+                continue
+            begun = time.monotonic()
+            mean, examples = run.epoch(batches, epoch)
             if not math.isfinite(mean):
                 raise ValueError(
-                    f"training diverged: the loss is {mean} in epoch {epoch}; take a lower "
+                    f"training diverged: the loss is {mean} in epoch {epoch + 1}; take a lower "
                     f"learning rate than {training.learning_rate}."
                 )
-            left = (time.monotonic() - started) / epoch * (training.epochs - epoch)
-            progress(f"epoch {epoch}/{training.epochs}, loss {mean:.3f}, {left:.0f} s left")
-    return model.eval()
+            if kept is not None:
+                kept.write(epoch + 1, run.networks, run.optimizer)
+            now = time.monotonic()
+            rate = examples / max(now - begun, 1e-9)
+            left = (now - started) / (epoch + 1 - done) * (training.epochs - epoch - 1)
+            progress(
+                f"epoch {epoch + 1}/{training.epochs}, loss {mean:.3f}, {rate:,.0f} images/s, "
+                f"{left:.0f} s left"
+            )
+    return run.result()
 
 
-def _run_epoch(
-    model: nn.Module,
-    batches: Epochs,
-    loss: Callable[[Any, Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-) -> float:
-    """Trains for one epoch; returns the mean loss of its batches."""
-    total = 0.0
-    for inputs, targets in batches:
-        value = loss(forward(model, inputs), targets.to(device_of(model)))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        total += float(value.detach())
-    return total / len(batches)
+class _Run:
+    """The state of one training."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        loss: Callable[[Any, Any, Tensor], Tensor],
+        penalty: Callable[[nn.Module], Tensor] | None,
+        steps: int,
+    ) -> None:
+        self.device = device_of(model)
+        self._network = copy.deepcopy(model).train()
+        self._training = training
+        self._loss = loss
+        self._penalty = penalty
+        self._steps = steps
+        self.networks: dict[str, nn.Module] = {"network": self._network}
+        self.optimizer = _optimizer(self._network, training)
+        self._average: AveragedModel | None = None
+        if training.average:
+            self._average = AveragedModel(
+                self._network,
+                multi_avg_fn=get_ema_multi_avg_fn(training.average),
+                use_buffers=True,
+            )
+            self.networks["average"] = self._average
+
+    def skip(self, batches: Epochs) -> None:
+        """Reads an epoch that is done, so that batches drawn at random go on where they were."""
+        if not isinstance(batches, NumberedEpochs):
+            for _ in batches:
+                pass
+
+    def epoch(self, batches: Epochs, number: int) -> tuple[float, int]:
+        """Trains for one epoch; returns the mean loss of its batches and the examples."""
+        total = torch.zeros((), device=self.device)
+        step, examples = number * self._steps, 0
+        drawn = batches.epoch(number) if isinstance(batches, NumberedEpochs) else batches
+        for inputs, targets in drawn:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._training.learning_rate * self._rate(step)
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+                outputs = forward(self._network, inputs)
+                value = self._loss(inputs, outputs, targets.to(self.device))
+                if self._penalty is not None:
+                    value = value + self._penalty(self._network)
+            self.optimizer.zero_grad()
+            value.backward()
+            self.optimizer.step()
+            if self._average is not None:
+                self._average.update_parameters(self._network)
+            total += value.detach()  # on the device: reading it would wait for every step
+            step, examples = step + 1, examples + len(targets)
+        return float(total) / self._steps, examples
+
+    def _rate(self, step: int) -> float:
+        """Returns the fraction of the peak learning rate at a step."""
+        steps = self._steps * self._training.epochs
+        rising = self._training.warmup * steps
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+    def result(self) -> nn.Module:
+        """Returns the trained network."""
+        network = self._network if self._average is None else self._average.module
+        network.zero_grad()
+        return network.eval()
+
+
+def _loss(
+    training: Training, loss: Loss | None, teacher: nn.Module | None
+) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Returns (inputs, outputs, targets) -> the loss that is minimised."""
+    own = loss or partial(F.cross_entropy, label_smoothing=training.label_smoothing)
+    weight = training.distillation
+    if teacher is None or not weight:
+        return lambda inputs, outputs, targets: own(outputs, targets)
+    wise = copy.deepcopy(teacher).eval().requires_grad_(False)
+
+    def distilled(inputs: Any, outputs: Any, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = forward(wise, inputs)
+        value = weight * distillation_loss(outputs, taught, training.temperature)
+        return value if weight == 1 else value + (1 - weight) * own(outputs, targets)
+
+    return distilled
+
+
+def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """Returns T² KL(teacher || student) of softmaxes at temperature T, the mean over examples.
+
+    Args:
+        outputs: Logits of the student, shape (n, classes, ...).
+        taught: Logits of the teacher, likewise.
+        temperature: T.
+    """
+    student = F.log_softmax(outputs.float() / temperature, 1)
+    wise = F.log_softmax(taught.float() / temperature, 1)
+    return temperature**2 * (wise.exp() * (wise - student)).sum(1).mean()
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.SGD:
@@ -154,14 +283,12 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.SGD:
     )
 
 
-def _rate(warmup: float, steps: int, step: int) -> float:
-    """Returns the fraction of the peak learning rate at a step."""
-    rising = warmup * steps
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    device = device_of(model)
-    return [device] if device.type == "cuda" else []
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Leaves torch's generators as they were, and takes kernels that add in a fixed order."""
+    cuda = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=cuda),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+    ):
+        yield

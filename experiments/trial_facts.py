@@ -36,6 +36,10 @@ def tags_of(record: Record) -> dict[str, str]:
         "criterion": record.candidate.criterion,
         "origin": record.origin,
     }
+    if record.finetuned is not None:
+        tags["finetuned"] = type(record.finetuned).__name__.lower()
+    if isinstance(record.finetuned, Failed):
+        tags["finetuning_reason"] = record.finetuned.error
     if isinstance(record.outcome, Failed):
         tags["reason"] = record.outcome.error
     if isinstance(record.outcome, Infeasible):
@@ -50,7 +54,9 @@ def metrics_of(record: Record, view: SearchView) -> dict[str, float]:
     metrics = {name: round(value, 4) for name, value in record.outcome.metrics.items()}
     ratio = record.outcome.metrics["macs"] / view.dense.macs
     metrics |= {"macs_ratio": round(ratio, 4), "flops_reduction": round(1 - ratio, 4)}
-    return metrics | {"seconds": round(record.outcome.seconds, 2)}
+    metrics |= {"seconds": round(record.outcome.seconds, 2)}
+    after = {f"finetuned_{name}": round(v, 4) for name, v in record.finetuned_metrics.items()}
+    return metrics | after
 
 
 def params_of(record: Record, view: SearchView) -> dict[str, str]:

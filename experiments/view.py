@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +56,17 @@ class SearchView:
         return ParetoFront.of(self.records, self.objectives)
 
     @cached_property
+    def best(self) -> Record | None:
+        """The best of the front that meets the target; None if there is none yet."""
+        fitting = self.front.leading(1, self.target)
+        return self.front.best(self.target) if fitting else None
+
+    def told(self, record: Record) -> SearchView:
+        """Returns the view with one more record, or with one that was fine-tuned since."""
+        others = [one for one in self.records if one.number != record.number]
+        return replace(self, records=(*others, record))
+
+    @cached_property
     def rows(self) -> list[Row]:
         """One row per completed trial, by number."""
         return rows_of(self.records, self.front, self.dense)
@@ -89,7 +100,7 @@ class SearchView:
         """Returns (trial number, hypervolume of the front after it) per completed trial."""
         series: list[tuple[int, float]] = []
         front = ParetoFront.of((), self.objectives)
-        for record in self.records:
+        for record in sorted(self.records, key=lambda one: one.number):
             if isinstance(record.outcome, Completed):
                 front = ParetoFront.of((*front.records, record), self.objectives)
                 series.append((record.number, front.hypervolume))

@@ -2,7 +2,13 @@
 
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import SAMPLERS
-from paretoprune.search.errors import RunLocked, SearchInterrupted, StoreFailed
+from paretoprune.search.errors import (
+    RunLocked,
+    SearchInterrupted,
+    SearchStuck,
+    StoreFailed,
+)
+from paretoprune.search.finetuning import Finetuning
 from paretoprune.search.front import ParetoFront, hypervolume, non_dominated
 from paretoprune.search.listener import Listener, SearchInfo
 from paretoprune.search.loop import read_run, search
@@ -19,6 +25,7 @@ __all__ = [
     "Direction",
     "Failed",
     "Failure",
+    "Finetuning",
     "Infeasible",
     "Listener",
     "Objective",
@@ -30,6 +37,7 @@ __all__ = [
     "SearchInfo",
     "SearchInterrupted",
     "SearchSpace",
+    "SearchStuck",
     "StoreFailed",
     "evaluate",
     "hypervolume",

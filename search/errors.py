@@ -12,6 +12,10 @@ class RunLocked(RuntimeError):
     """Another process is writing to the same run."""
 
 
+class SearchStuck(RuntimeError):
+    """The steps of the strategy `everything` cannot go on; what is finished is kept."""
+
+
 class StoreFailed(RuntimeError):
     """The study of a run cannot be opened, read or written; what it has is intact."""
 

@@ -30,8 +30,11 @@ FINAL_IMAGES = 2000
 """Examples on which the network that is handed out is reconstructed, at most."""
 FINAL_SAMPLES = 32768
 """Output positions per layer of that reconstruction, at most."""
-Evaluate = Callable[[PruningPlan, int], Mapping[str, float]]
-"""(plan, seed) -> metrics, among them every objective and `macs`; picklable, to reach workers."""
+Evaluate = Callable[..., Mapping[str, float]]
+"""(plan, seed) -> metrics, among them every objective and `macs`; picklable, to reach workers.
+
+Where tasks have a parent, it takes its plan as `parent`.
+"""
 
 
 def attempt(evaluate: Evaluate, plan: PruningPlan, seed: int) -> Outcome:
@@ -46,7 +49,7 @@ def attempt(evaluate: Evaluate, plan: PruningPlan, seed: int) -> Outcome:
         failed = Failed(one_line(error), "memory" if _out_of_memory(error) else "error")
     else:
         return _finite(metrics, time.perf_counter() - start)
-    _give_back_memory()  # only here, where the error no longer holds what was allocated
+    give_back_memory()  # only here, where the error no longer holds what was allocated
     return failed
 
 
@@ -123,7 +126,7 @@ class Evaluator:
             inputs, dense = self._features or self._dense_features()
             measured["cka"] = cka_to_dense(small, plan, self._graph, inputs, dense)
         del small
-        _give_back_memory()
+        give_back_memory()
         cost = self._graph.cost(plan)
         return {**measured, "macs": cost.macs, "params": cost.params}
 
@@ -159,7 +162,7 @@ class Evaluator:
             model, self._graph, more, images=FINAL_IMAGES, samples=FINAL_SAMPLES
         )
         refitted = reconstruct(prune(model, self._graph, plan), plan)
-        _give_back_memory()
+        give_back_memory()
         losses = [
             evaluate(network, self._problem.validation, self._problem.loss)["loss"]
             for network in (candidate, refitted)
@@ -180,7 +183,7 @@ class Evaluator:
         return self._dense
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Returns the memory of an evaluation to the system; glibc keeps it in fragments.
 
     Without it a worker grows by some 25 MB with every evaluation of a ResNet-20.

@@ -11,7 +11,7 @@ of calculating exact hypervolumes", IEEE Transactions on Evolutionary Computatio
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,6 +70,8 @@ class ParetoFront:
     def best(self, max_macs: int | None = None) -> Record:
         """Returns the record of the front that is best in the first objective.
 
+        Where records were fine-tuned, the best of those, as measured after it.
+
         Args:
             max_macs: Only records with at most so many MACs; None takes all.
 
@@ -89,23 +91,41 @@ class ParetoFront:
                 f"no record of the front has at most {max_macs:,} MACs; the smallest has "
                 f"{smallest:,}."
             )
+        finetuned = [record for record in fitting if record.finetuned_metrics]
+        return min(finetuned or fitting, key=self._rank)
+
+    def leading(self, count: int, max_macs: int) -> list[Record]:
+        """Returns the records that are best in the first objective before any fine-tuning.
+
+        Args:
+            count: At most so many.
+            max_macs: Only records with at most so many MACs.
+        """
+        fitting = [one for one in self.records if metrics_of(one)["macs"] <= max_macs]
+        return sorted(fitting, key=lambda one: self._rank(replace(one, finetuned=None)))[:count]
+
+    def _rank(self, record: Record) -> float:
+        """Returns the first objective, smaller better, after fine-tuning where there was one."""
         objective = self.objectives[0]
-        return min(
-            fitting, key=lambda record: _flip(objective, metrics_of(record)[objective.name])
-        )
+        metrics = {**metrics_of(record), **record.finetuned_metrics}
+        return _flip(objective, metrics[objective.name])
 
     def smallest(self, min_accuracy: float) -> Record:
         """Returns the record of the front with the fewest MACs that is accurate enough.
 
         Args:
-            min_accuracy: Least accuracy on the search split, a fraction.
+            min_accuracy: Least accuracy on the search split, a fraction; after fine-tuning where
+                there was one.
 
         Raises:
             ValueError: If there is no such record, or accuracy was not measured.
         """
         if not self.records:
             raise ValueError("the front is empty: no trial has completed.")
-        accuracies = [metrics_of(record).get("accuracy") for record in self.records]
+        accuracies = [
+            {**metrics_of(record), **record.finetuned_metrics}.get("accuracy")
+            for record in self.records
+        ]
         known = [accuracy for accuracy in accuracies if accuracy is not None]
         if not known:
             raise ValueError("the search measured no accuracy; choose by FLOPs or trial.")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ class Task:
     Attributes:
         plan: The plan.
         seed: Seed of the evaluation.
+        parent: The plan of the network that it goes on from; None where that is the dense one.
     """
 
     plan: PruningPlan
     seed: int
+    parent: PruningPlan | None = None
 
     @property
     def key(self) -> str:
@@ -45,12 +48,18 @@ class Task:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the task as plain values, for JSON."""
-        return {"plan": self.plan.to_json(), "seed": self.seed}
+        parent = None if self.parent is None else self.parent.to_json()
+        return {"plan": self.plan.to_json(), "seed": self.seed, "parent": parent}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Task:
         """Returns the task that `to_json` wrote."""
-        return Task(PruningPlan.from_json(data["plan"]), data["seed"])
+        parent = data["parent"]
+        return Task(
+            PruningPlan.from_json(data["plan"]),
+            data["seed"],
+            None if parent is None else PruningPlan.from_json(parent),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,8 @@ class Ledger:
         known = self.read(task.key)
         if known is not None:
             return known
+        if task.parent is not None:
+            evaluate = partial(evaluate, parent=task.parent)
         outcome = attempt(evaluate, task.plan, task.seed)
         with suppress(OSError):  # a full or absent disk must not cost the evaluation itself
             self.write(task.key, outcome)

@@ -98,9 +98,12 @@ class Listener(Protocol):
         ...
 
     def finished(self, record: Record, front: ParetoFront) -> None:
-        """A trial has its outcome; `front` is the front with it."""
+        """A trial has its outcome; `front` is the front with it.
+
+        A record whose number was told before takes its place: it has been fine-tuned.
+        """
         ...
 
     def ended(self, front: ParetoFront, interrupted: bool) -> None:
-        """The search is over; `interrupted` if trials are left: it can be resumed."""
+        """The search is over; `interrupted` if something is left: it can be resumed."""
         ...

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from paretoprune.criteria import Criterion
 from paretoprune.search import checks
 from paretoprune.search.errors import SearchInterrupted
-from paretoprune.search.evaluation import Evaluate, Evaluator
+from paretoprune.search.finetuning import Finetuning
 from paretoprune.search.front import ParetoFront
-from paretoprune.search.ledger import Ledger
 from paretoprune.search.listener import Listener, SearchInfo
-from paretoprune.search.prepare import Request, prepare
+from paretoprune.search.prepare import Request
 from paretoprune.search.problem import Problem
 from paretoprune.search.record import Record
 from paretoprune.search.saliency import Progress, silent
-from paretoprune.search.searcher import Decisions, Executor, Searcher, run_inline
+from paretoprune.search.searcher import Executor, run_inline
+from paretoprune.search.stages import Stage, Stages
 
 if TYPE_CHECKING:  # `import paretoprune.search` must not import optuna
     from paretoprune.search.study import Study
 
 JOURNAL = "journal.log"
 """File of the study in a run's folder."""
-EVALUATIONS = "evals"
-"""Folder of the ledger in a run's folder."""
+DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"optuna": ("obs", "obs_per_mac", "taylor"), "everything": ("kl",)}
+)
+"""Strategies, with the criteria that they take by default."""
 
 
 def search(
@@ -36,9 +38,11 @@ def search(
     flops: float | int,
     trials: int,
     *,
-    criteria: Sequence[str] | Mapping[str, Criterion] = ("obs", "obs_per_mac", "taylor"),
+    strategy: str = "optuna",
+    criteria: Sequence[str] | Mapping[str, Criterion] | None = None,
     objectives: Sequence[str] = ("loss", "macs"),
     sampler: str = "damage",
+    finetuning: Finetuning | None = None,
     seed: int = 0,
     workers: int | None = None,
     address: str | None = None,
@@ -56,16 +60,25 @@ def search(
     are finished in all, that is completed, failed or infeasible. A plan that was evaluated
     before is not evaluated again; trials that come to it take its metrics.
 
+    With the strategy `everything` (see `search.everything`) the front has the whole way from the
+    dense network to the target; `ParetoFront.best` takes the target.
+
     Args:
         problem: The dense network and its data.
         flops: The target: a float in (0, 1] is the share of the dense MACs that a plan may keep,
             an int the MACs themselves.
-        trials: How many trials are to be finished, those of a resumed run included.
-        criteria: Names in `CRITERIA`, or criteria by a name of your own.
+        trials: How many trials are to be finished, those of a resumed run included; at most so
+            many with the strategy `everything`, which has two per step.
+        strategy: `optuna`, where a sampler decides, or `everything`, the greedy choice between
+            a layer and neurons in every step.
+        criteria: Names in `CRITERIA`, or criteria by a name of your own; `everything` takes
+            one. None takes `obs`, `obs_per_mac` and `taylor`, or `kl` for `everything`.
         objectives: Names of the metrics to optimise, two or more: `loss`, `accuracy`, `macs`,
             `params`, `cka` (similarity of the last features to the dense network's).
         sampler: `damage` (see `search.damage`), or Optuna's `tpe`, `nsga2`, `nsga3`, `gp` or
             `random`.
+        finetuning: Trains the best of the front after the last trial, and the candidates of
+            `everything` as they are made; None trains nothing.
         seed: Seed of the sampler and of every evaluation; with one worker the same seed gives the
             same search.
         workers: Evaluations at a time on Ray; None takes one per core, or up to four per GPU; 0
@@ -90,6 +103,7 @@ def search(
         InfeasibleBudget: If no plan meets the target; names the smallest reachable MACs.
         UnsupportedModel: If the network cannot be traced.
         ConnectionError: If no cluster answers at `address`.
+        SearchStuck: If the steps of `everything` cannot go on.
         RunLocked: If another search is running in the same folder or database.
         StoreFailed: If the study cannot be opened or written; finished trials are kept.
         SearchInterrupted: After Ctrl-C; a KeyboardInterrupt, with the front until then.
@@ -100,7 +114,8 @@ def search(
     checks.check_workers(workers, gpus_per_trial, trial_timeout)
     checks.check_objectives(objectives)
     checks.check_sampler(sampler)
-    named = checks.criteria_by_name(criteria)
+    checks.check_name("strategy", strategy, DEFAULTS)
+    named = checks.criteria_by_name(DEFAULTS[strategy] if criteria is None else criteria)
     request = Request(flops, trials, named, tuple(objectives), saliency_dir)
     checks.check_address(address, workers)
     checks.check_problem(problem)
@@ -109,28 +124,22 @@ def search(
         stack.enter_context(_database_failures(storage or folder))
         study = _open(storage, folder, request, sampler, seed)
         stack.callback(study.close)
-        prepared = prepare(problem, request, folder, study, progress)
-        space = prepared.space
-        history = study.records()
-        following = _Following(prepared.info, listeners)
+        run = Stages(problem, request, folder, study, sampler, seed, finetuning, progress)
+        info, trials_of = run.steps() if strategy == "everything" else run.trials()
+        following = _Following(info, listeners)
 
-        def finished(record: Record) -> None:
-            history.append(record)
-            following(record)
+        def best_of_front() -> Stage:
+            return run.finetuning(following.front.leading(run.top, info.target), following)
 
-        decide = space.fixed
-        if sampler == checks.DAMAGE:
-            decide = partial(prepared.damage_model(seed), history)
-        study.begin(space.seeds(trials), prepared.info.target, decide)
-        searcher = Searcher(
-            study, Decisions(space.suggest, prepared.decode), trials, seed, finished
-        )
-        return following.run(
-            _executor(workers, address, gpus_per_trial, trial_timeout),
-            searcher,
-            Evaluator(problem, prepared.graph, similarity="cka" in request.objectives),
-            Ledger(folder.resolve() / EVALUATIONS),
-        )
+        stages: list[Callable[[], Stage]] = [lambda: trials_of(following)]
+        if finetuning is not None and finetuning.epochs:
+            stages.append(best_of_front)
+
+        def executor(stage: Stage) -> Executor:
+            seconds = trial_timeout if stage.timed else None
+            return _executor(workers, address, gpus_per_trial, seconds, stage.most)
+
+        return following.run(executor, stages)
 
 
 def read_run(run_dir: Path, storage: str | None = None) -> SearchInfo:
@@ -175,13 +184,18 @@ def _database_failures(storage: Path | str) -> AbstractContextManager[None]:
 
 
 def _executor(
-    workers: int | None, address: str | None, gpus: float | None, seconds: float | None
+    workers: int | None,
+    address: str | None,
+    gpus: float | None,
+    seconds: float | None,
+    most: int | None,
 ) -> Executor:
+    """Returns what evaluates; `most` is how many tasks there are at a time."""
     if workers == 0:
         return run_inline
     from paretoprune.search.workers import RayWorkers
 
-    return RayWorkers(workers, address, gpus, seconds)
+    return RayWorkers(workers, address, gpus, seconds, most)
 
 
 class _Following:
@@ -190,25 +204,30 @@ class _Following:
     def __init__(self, info: SearchInfo, listeners: Sequence[Listener]) -> None:
         self._info = info
         self._listeners = listeners
-        self._front = info.front
+        self.front = info.front
 
     def __call__(self, record: Record) -> None:
-        self._front = ParetoFront.of((*self._front.records, record), self._info.objectives)
+        others = [one for one in self.front.records if one.number != record.number]
+        self.front = ParetoFront.of((*others, record), self._info.objectives)
         for listener in self._listeners:
-            listener.finished(record, self._front)
+            listener.finished(record, self.front)
 
     def run(
-        self, execute: Executor, searcher: Searcher, evaluate: Evaluate, ledger: Ledger
+        self, executor: Callable[[Stage], Executor], stages: Sequence[Callable[[], Stage]]
     ) -> ParetoFront:
-        """Runs the search to its end and returns the front."""
+        """Runs the stages of a search one after the other and returns the front."""
         for listener in self._listeners:
             listener.started(self._info)
+        interrupted = True
         try:
-            if not searcher.done:
-                execute(searcher, evaluate, ledger)
+            for begin in stages:
+                stage = begin()
+                if not stage.tasks.done:
+                    executor(stage)(stage.tasks, stage.evaluate, stage.ledger)
+            interrupted = False
         except KeyboardInterrupt:
-            raise SearchInterrupted(self._front) from None
+            raise SearchInterrupted(self.front) from None
         finally:
             for listener in self._listeners:
-                listener.ended(self._front, not searcher.done)
-        return self._front
+                listener.ended(self.front, interrupted)
+        return self.front

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -118,6 +118,55 @@ def prepare(
     if blocks is None:
         blocks = blocks_by_damage(model, graph, calibration, problem.loss, progress)
     space = SearchSpace.of(graph, scores.units, target, blocks, scores.blocks)
+    info = _info(problem, model, graph, space.to_json(), request, study, progress)
+    study.note("blocks", list(blocks))
+    return Prepared(graph, scores.units, space, info)
+
+
+def prepare_steps(
+    problem: Problem,
+    request: Request,
+    study: Study,
+    recovery: int,
+    progress: Progress = silent,
+) -> tuple[PruningGraph, SearchInfo]:
+    """Returns the graph of the dense network, and what listeners are told of its steps.
+
+    For the strategy `everything`, which measures saliencies in every step anew.
+
+    Args:
+        problem: The dense network and its data.
+        request: What the search is asked for.
+        study: Notes what must stay the same over all drivers of the run.
+        recovery: Epochs that candidates are trained for.
+        progress: Told what is measured.
+
+    Raises:
+        InfeasibleBudget: If no plan meets the target.
+        UnsupportedModel: If the network cannot be traced.
+        ValueError: If the study belongs to another search.
+    """
+    progress("tracing the network", 0, 0)
+    graph = trace(problem.model, problem.example_inputs)
+    space = {
+        "strategy": "everything",
+        "target": check_reachable(graph, request.flops),
+        "criteria": list(request.criteria),
+        "recovery": recovery,
+    }
+    return graph, _info(problem, on_device(problem.model), graph, space, request, study, progress)
+
+
+def _info(
+    problem: Problem,
+    model: nn.Module,
+    graph: PruningGraph,
+    space: Mapping[str, Any],
+    request: Request,
+    study: Study,
+    progress: Progress,
+) -> SearchInfo:
+    """Returns what the study notes of the search, or notes what is measured now."""
     noted = study.notes.get("search")
     if noted is None:
         progress("loss and accuracy of the dense network", 0, 0)
@@ -126,14 +175,17 @@ def prepare(
         _check_same(space, request, study)
         info = SearchInfo.from_json(noted, tuple(study.records()))
     info = replace(info, trials=request.trials)
-    study.note("blocks", list(blocks))
-    study.note("space", space.to_json())
+    study.note("space", dict(space))
     study.note("search", info.to_json())
-    return Prepared(graph, scores.units, space, info)
+    return info
 
 
 def _measure(
-    problem: Problem, model: nn.Module, graph: PruningGraph, space: SearchSpace, request: Request
+    problem: Problem,
+    model: nn.Module,
+    graph: PruningGraph,
+    space: Mapping[str, Any],
+    request: Request,
 ) -> SearchInfo:
     metrics = evaluate(model, problem.validation, problem.loss)
     chance = chance_loss(model, next(iter(problem.validation)), problem.loss)
@@ -141,18 +193,18 @@ def _measure(
         problem=problem.name,
         dense=graph.cost(),
         metrics=metrics,
-        target=space.target,
+        target=space["target"],
         trials=request.trials,
         objectives=objectives_of(request.objectives, graph.cost(), metrics, chance),
-        criteria=space.criteria,
+        criteria=tuple(space["criteria"]),
         sizes={group.name: group.size for group in graph.open_groups},
         blocks={block.name: block.groups for block in graph.blocks.values()},
     )
 
 
-def _check_same(space: SearchSpace, request: Request, study: Study) -> None:
+def _check_same(space: Mapping[str, Any], request: Request, study: Study) -> None:
     """Verifies that a resumed run searches what it searched before."""
-    before, now = study.notes["space"], space.to_json()
+    before, now = study.notes["space"], space
     names = [item["name"] for item in study.notes["search"]["objectives"]]
     changed = [key for key in now if now[key] != before.get(key)]
     if names != list(request.objectives):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Batch = tuple[Any, Tensor]
 """(inputs, targets); inputs as `surgery.trace` takes them: a tensor, a tuple or a dict."""
+
+
+class Epochs(Protocol):
+    """A re-iterable of a known number of batches; every iteration is an epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class Direction(Enum):
@@ -54,6 +62,8 @@ class Problem:
             BatchNorm statistics; None takes `calibration`.
         refit: A re-iterable of batches like those of `calibration`, and more of them, on which
             the network that is handed out is reconstructed once more; None for none.
+        training: Training batches with the training augmentation, of which every iteration is an
+            epoch, for fine-tuning; none of them is in `validation`. None where there are none.
         test: Called once, for the final report, returns a re-iterable of test batches; None
             where there is no test split.
         loss: (outputs, targets) -> scalar mean loss.
@@ -69,6 +79,7 @@ class Problem:
     validation: Iterable[Batch]
     recalibration: Iterable[Batch] | None = None
     refit: Iterable[Batch] | None = None
+    training: Epochs | None = None
     test: Callable[[], Iterable[Batch]] | None = None
     loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
     name: str = "model"

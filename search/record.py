@@ -15,6 +15,10 @@ SEED = "seed"
 """Origin of a trial that the search began with: a one-shot allocation."""
 SAMPLER = "sampler"
 """Origin of a trial that the sampler suggested."""
+LAYER = "layer"
+"""Origin of a trial of the strategy `everything` in which a block was removed."""
+NEURONS = "neurons"
+"""Origin of a trial of the strategy `everything` in which units were removed."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Record:
         plan: The plan it decoded to; None where it is infeasible.
         cost: Cost of the plan; None where it is infeasible.
         outcome: How it ended.
-        origin: `seed` for a one-shot allocation that the search began with, else `sampler`.
+        origin: `seed` for a one-shot allocation that the search began with, else `sampler`; with
+            the strategy `everything` what its step removed, `layer` or `neurons`.
+        finetuned: How its fine-tuning ended, with the metrics after it; None without one.
     """
 
     number: int
@@ -85,6 +91,12 @@ class Record:
     cost: Cost | None
     outcome: Outcome
     origin: str = SAMPLER
+    finetuned: Completed | Failed | None = None
+
+    @property
+    def finetuned_metrics(self) -> Mapping[str, float]:
+        """What was measured after fine-tuning; empty without one."""
+        return self.finetuned.metrics if isinstance(self.finetuned, Completed) else {}
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:

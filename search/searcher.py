@@ -21,6 +21,23 @@ if TYPE_CHECKING:  # the study imports optuna, which `import paretoprune.search`
     from paretoprune.search.study import Study
 
 
+class Tasks(Protocol):
+    """Where an executor gets its tasks, and where their outcomes go."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        ...
+
+    def next(self) -> Task | None:
+        """Returns the next task; None before `done` means: not until a running one has ended."""
+        ...
+
+    def tell(self, task: Task, outcome: Outcome) -> None:
+        """Takes the outcome of a task."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Decisions:
     """The two steps from a trial to a plan.
@@ -130,13 +147,13 @@ def _again(outcome: Outcome) -> Outcome:
 
 
 class Executor(Protocol):
-    """Evaluates the tasks of a searcher until it is done or the user interrupts."""
+    """Evaluates tasks until all are done or the user interrupts."""
 
-    def __call__(self, searcher: Searcher, evaluate: Evaluate, ledger: Ledger) -> None:
+    def __call__(self, tasks: Tasks, evaluate: Evaluate, ledger: Ledger) -> None:
         """Runs tasks.
 
         Args:
-            searcher: Gives tasks and takes outcomes.
+            tasks: Gives tasks and takes outcomes.
             evaluate: What to run; picklable.
             ledger: Where outcomes are kept until the searcher has them.
 
@@ -146,7 +163,7 @@ class Executor(Protocol):
         ...
 
 
-def run_inline(searcher: Searcher, evaluate: Evaluate, ledger: Ledger) -> None:
+def run_inline(tasks: Tasks, evaluate: Evaluate, ledger: Ledger) -> None:
     """Evaluates one task after the other in this process; an `Executor` without Ray."""
-    while (task := searcher.next()) is not None:
-        searcher.tell(task, ledger.evaluate(evaluate, task))
+    while (task := tasks.next()) is not None:
+        tasks.tell(task, ledger.evaluate(evaluate, task))

@@ -21,6 +21,7 @@ def values_of(record: Record) -> dict[str, object]:
     """
     candidate, plan = record.candidate, record.plan
     metrics = dict(metrics_of(record))
+    metrics |= {f"finetuned_{name}": value for name, value in record.finetuned_metrics.items()}
     return {
         "trial": record.number,
         **{name: int(metrics.pop(name)) for name in ("macs", "params") if name in metrics},

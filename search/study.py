@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -46,6 +46,8 @@ from paretoprune.search.record import (
     Infeasible,
     Record,
     attributes_of,
+    outcome_from_json,
+    outcome_to_json,
     record_from_attributes,
 )
 from paretoprune.search.space import Suggester
@@ -54,6 +56,7 @@ _NAME = "paretoprune"
 _LOCK = 7_274_766  # number of PostgreSQL's advisory lock, anything that others do not take
 _TOLD = 6  # op code of Optuna's journal for a change of a trial's state
 _SEEDED = "seeded"
+_FINETUNED = "finetuned/"  # with the trial's number: Optuna changes no trial that is finished
 
 
 def _population(trials: int) -> int:
@@ -240,6 +243,10 @@ class Study:
         if "macs" not in trial.constraints:
             trial.set_constraint("macs", violation)
 
+    def tell_finetuned(self, number: int, outcome: Completed | Failed) -> None:
+        """Stores how the fine-tuning of a completed trial ended."""
+        self.note(f"{_FINETUNED}{number}", outcome_to_json(outcome))
+
     def close(self) -> None:
         """Gives the storage free for another process."""
         self._close()
@@ -355,4 +362,13 @@ def _lock_database(database: optuna.storages.RDBStorage) -> Callable[[], None]:
 def _records(study: optuna.Study) -> list[Record]:
     states = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
     trials = study.get_trials(deepcopy=False, states=states)
-    return [record_from_attributes(trial.number, trial.user_attrs) for trial in trials]
+    records = [record_from_attributes(trial.number, trial.user_attrs) for trial in trials]
+    notes = study.user_attrs
+    return [_with_finetuning(one, notes.get(f"{_FINETUNED}{one.number}")) for one in records]
+
+
+def _with_finetuning(record: Record, noted: Mapping[str, Any] | None) -> Record:
+    outcome = None if noted is None else outcome_from_json(noted)
+    return (
+        replace(record, finetuned=outcome) if isinstance(outcome, Completed | Failed) else record
+    )

@@ -32,7 +32,7 @@ from paretoprune.search.deadline import deadline
 from paretoprune.search.evaluation import Evaluate, one_line
 from paretoprune.search.ledger import Ledger, Task
 from paretoprune.search.record import Failed, outcome_from_json, outcome_to_json
-from paretoprune.search.searcher import Searcher
+from paretoprune.search.searcher import Tasks
 
 T = TypeVar("T")
 
@@ -62,15 +62,17 @@ class RayWorkers:
         gpus: GPUs of each evaluation, a fraction shares one; None lets up to four share one.
         seconds: Most that an evaluation may take, the first of a worker with what is prepared for
             all of its others; None sets no limit. A worker that takes longer is killed.
+        most: Tasks that there are at a time; more workers are not started.
     """
 
     workers: int | None = None
     address: str | None = None
     gpus: float | None = None
     seconds: float | None = None
+    most: int | None = None
 
-    def __call__(self, searcher: Searcher, evaluate: Evaluate, ledger: Ledger) -> None:
-        """Runs the tasks of `searcher`; see `Executor`.
+    def __call__(self, tasks: Tasks, evaluate: Evaluate, ledger: Ledger) -> None:
+        """Runs tasks; see `Executor`.
 
         Raises:
             RuntimeError: If the workers cannot start.
@@ -81,8 +83,8 @@ class RayWorkers:
             _connection(self.address, self.workers),
             _scratch() as folder,
         ):
-            share = _share(self.workers, self.gpus)
-            search = _TuneSearch(searcher, share.workers)
+            share = _share(self.workers, self.gpus, self.most)
+            search = _TuneSearch(tasks, share.workers)
             with search.own_errors():
                 tune.run(
                     tune.with_parameters(
@@ -145,7 +147,7 @@ class _TuneSearch(TuneSearcher):
         workers: Tasks at a time; Tune itself would ask far ahead.
     """
 
-    def __init__(self, searcher: Searcher, workers: int) -> None:
+    def __init__(self, searcher: Tasks, workers: int) -> None:
         super().__init__()
         self._searcher = searcher
         self._workers = workers
@@ -240,7 +242,7 @@ class _Share:
     gpus: float
 
 
-def _share(workers: int | None, wanted: float | None) -> _Share:
+def _share(workers: int | None, wanted: float | None, tasks: int | None = None) -> _Share:
     """Returns the share of the cluster that each worker gets.
 
     Raises:
@@ -259,6 +261,7 @@ def _share(workers: int | None, wanted: float | None) -> _Share:
     else:
         fits = int(gpus) * _PER_GPU if wanted is None and gpus else cores
     workers = workers or max(1, min(cores, fits))
+    workers = min(workers, tasks or workers)
     per_gpu = math.ceil(workers / gpus) if gpus else 0
     fraction = math.floor(10_000 / per_gpu) / 10_000 if per_gpu else 0.0  # Ray's resolution
     largest = max(int(node.get("CPU", 1)) for node in nodes)

@@ -283,7 +283,7 @@ def test_an_export_becomes_a_model_that_loads_without_pickle(
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
     store = store_of(folder.parent)
     place = ExportPlace(store.uri, parent.info.experiment_id, SPEC.id, 3, "made:up")
-    uri = register_export(place, export, model, torch.zeros(2, 4), "a card")
+    uri = register_export(place, export, model, torch.zeros(2, 4), about="a card")
     assert uri == "models:/made-up@exported"
     assert store_of(folder.parent) == store  # MLflow's own setting is as it was
     assert client.get_model_version("made-up", "1").description == "a card"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from paretoprune.experiments.training import Training, train
+from paretoprune.experiments.sources import ImageArray
+from paretoprune.experiments.splits import TrainingBatches
+from paretoprune.experiments.training import Training, distillation_loss, train
 from paretoprune.search.metrics import evaluate
+from paretoprune.search.problem import Batch
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 BATCHES = [(x, (x.sum(1) > 0).long()) for x in INPUTS.split(16)]
@@ -92,7 +99,7 @@ def test_progress_comes_with_the_time_left() -> None:
     lines: list[str] = []
     train(network(), BATCHES, Training(epochs=2, learning_rate=0.1), progress=lines.append)
     assert [line.split(",")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
-    assert lines[-1].endswith("0 s left")
+    assert lines[-1].endswith("images/s, 0 s left")
 
 
 def test_divergence_is_an_error() -> None:
@@ -100,6 +107,145 @@ def test_divergence_is_an_error() -> None:
         ValueError, match=r"diverged: the loss is (nan|inf) in epoch .* than 1e\+30"
     ):
         train(network(), BATCHES, Training(epochs=20, learning_rate=1e30))
+
+
+class Broken(Exception):
+    """Stands for a killed process."""
+
+
+class Breaking(TrainingBatches):
+    """Breaks off in the middle of one epoch."""
+
+    breaks = -1
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        for at, batch in enumerate(super().epoch(number)):
+            if (number, at) == (self.breaks, 1):
+                raise Broken
+            yield batch
+
+
+PIXELS = torch.randint(
+    0, 256, (48, 6, 6, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+)
+
+
+def small_images(kind: type[TrainingBatches] = TrainingBatches) -> Any:
+    source = ImageArray(PIXELS, torch.arange(48) % 3, (0.5,), (0.5,), shift=1)
+    return kind(source, torch.arange(48), 16, seed=5)
+
+
+def convolutional(channels: int = 4) -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Conv2d(1, channels, 3, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(16 * channels, 3),
+    )
+
+
+EVERYTHING = Training(
+    epochs=4, learning_rate=0.1, label_smoothing=0.1, distillation=0.5, average=0.9, seed=1
+)
+
+
+@pytest.mark.parametrize("breaks", [0, 2, 3])
+def test_a_broken_training_goes_on_and_ends_the_same_bit_for_bit(
+    tmp_path: Path, breaks: int
+) -> None:
+    teacher = convolutional(8)
+    whole = train(convolutional(), small_images(), EVERYTHING, teacher=teacher)
+    file = tmp_path / "training.part"
+    breaking = small_images(Breaking)
+    breaking.breaks = breaks
+    with pytest.raises(Broken):
+        train(convolutional(), breaking, EVERYTHING, teacher=teacher, checkpoint=file)
+    assert file.exists() == (breaks > 0)
+    lines: list[str] = []
+    resumed = train(
+        convolutional(),
+        small_images(),
+        EVERYTHING,
+        teacher=teacher,
+        checkpoint=file,
+        progress=lines.append,
+    )
+    assert [line.split(",")[0] for line in lines] == [f"epoch {n}/4" for n in range(breaks + 1, 5)]
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+
+
+def test_batches_without_numbers_are_read_again(tmp_path: Path) -> None:
+    class Drawn(list[Batch]):
+        generator = torch.Generator().manual_seed(4)
+
+        def __iter__(self) -> Iterator[Batch]:
+            order = torch.randperm(len(self), generator=self.generator).tolist()
+            return (self[at] for at in order)
+
+    settings, file = Training(epochs=3, learning_rate=0.1), tmp_path / "part"
+    Drawn.generator.manual_seed(4)
+    whole = train(network(), Drawn(BATCHES), settings, checkpoint=file)
+    Drawn.generator.manual_seed(4)
+    again = train(network(), Drawn(BATCHES), settings, checkpoint=file)  # all epochs are there
+    other = train(network(), Drawn(BATCHES), replace(settings, seed=1), checkpoint=file)
+    assert torch.equal(whole.state_dict()["0.weight"], again.state_dict()["0.weight"])
+    assert not torch.equal(whole.state_dict()["0.weight"], other.state_dict()["0.weight"])
+
+
+def test_a_checkpoint_of_another_training_is_not_taken(tmp_path: Path) -> None:
+    file = tmp_path / "part"
+    train(convolutional(), small_images(), Training(epochs=1, learning_rate=0.1), checkpoint=file)
+    settings = Training(epochs=1, learning_rate=0.2)
+    fresh = train(convolutional(), small_images(), settings)
+    found = train(convolutional(), small_images(), settings, checkpoint=file)
+    assert torch.equal(fresh.state_dict()["0.weight"], found.state_dict()["0.weight"])
+    file.write_bytes(file.read_bytes()[:100])  # power was lost
+    found = train(convolutional(), small_images(), settings, checkpoint=file)
+    assert torch.equal(fresh.state_dict()["0.weight"], found.state_dict()["0.weight"])
+
+
+def test_distillation_is_the_divergence_of_softened_outputs() -> None:
+    student, teacher = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).double()
+    expected = 9 * F.kl_div(
+        (student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="batchmean"
+    )
+    found = distillation_loss(student, teacher, 3.0)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(distillation_loss(teacher, teacher, 3.0)) == 0
+
+
+def test_a_student_learns_from_its_teacher_alone() -> None:
+    teacher = train(network(), BATCHES, Training(epochs=20, learning_rate=0.1))
+    wrong = [(x, torch.zeros_like(y)) for x, y in BATCHES]
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    settings = Training(epochs=20, learning_rate=0.1, distillation=1.0)
+    student = train(network(), wrong, settings, teacher=teacher)
+    assert evaluate(student, BATCHES)["accuracy"] > 0.9
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    with pytest.raises(ValueError, match="distillation needs a teacher"):
+        train(network(), BATCHES, settings)
+
+
+def test_the_average_decays_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    step = torch.optim.SGD.step
+
+    def spy(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
+        done = step(self, *args, **kwargs)
+        seen.append(self.param_groups[0]["params"][0].detach().clone())
+        return done
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    trained = train(network(), BATCHES, Training(epochs=2, learning_rate=0.1, average=0.8))
+    expected = seen[0]
+    for weights in seen[1:]:
+        expected = 0.8 * expected + 0.2 * weights
+    torch.testing.assert_close(trained.state_dict()["0.weight"], expected)
+    assert trained.state_dict().keys() == network().state_dict().keys()
 
 
 def test_no_batches_is_an_error() -> None:
@@ -116,6 +262,9 @@ def test_no_batches_is_an_error() -> None:
         ("momentum", 0.0),
         ("weight_decay", -1.0),
         ("label_smoothing", 1.0),
+        ("distillation", 1.5),
+        ("temperature", 0.0),
+        ("average", 1.0),
     ],
 )
 def test_values_outside_their_range(field: str, value: float) -> None:

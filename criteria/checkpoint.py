@@ -1,0 +1,73 @@
+"""Checkpoint: where a training stands after an epoch, in one file that unpickles nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_OPTIMIZER = "optimizer/"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A file that holds networks and an optimizer's state; written whole or not at all.
+
+    Attributes:
+        file: Where; its folder exists.
+        key: Tells trainings apart: a file with another key is not read.
+    """
+
+    file: Path
+    key: str
+
+    def write(
+        self, epochs: int, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Writes what a training is after `epochs` epochs.
+
+        Args:
+            epochs: How many are done.
+            networks: By name; the first is the one that the optimizer trains.
+            optimizer: Its state is kept by the names of the parameters.
+        """
+        tensors = {
+            f"{name}/{key}": value
+            for name, network in networks.items()
+            for key, value in network.state_dict().items()
+        }
+        for name, parameter in next(iter(networks.values())).named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{_OPTIMIZER}{key}/{name}"] = value
+        draft = self.file.with_suffix(f".draft{os.getpid()}")  # a killed driver's worker lingers
+        whole = {name: value.contiguous().clone() for name, value in tensors.items()}
+        save_file(whole, draft, metadata={"key": self.key, "epochs": str(epochs)})
+        draft.replace(self.file)
+
+    def read(self, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+        """Takes over what `write` wrote; returns how many epochs are done, 0 without a file."""
+        try:
+            with safe_open(self.file, "pt") as stored:
+                noted = stored.metadata() or {}
+                if noted.get("key") != self.key:
+                    return 0
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):  # not there, or half written when power was lost
+            return 0
+        for name, network in networks.items():
+            state = {key: tensors[f"{name}/{key}"] for key in network.state_dict()}
+            network.load_state_dict(state)
+        parameters = dict(next(iter(networks.values())).named_parameters())
+        for name, value in tensors.items():
+            if name.startswith(_OPTIMIZER):
+                key, parameter = name.removeprefix(_OPTIMIZER).split("/", 1)
+                owner = parameters[parameter]
+                optimizer.state[owner][key] = value.to(owner.device)
+        return int(noted["epochs"])

@@ -1,0 +1,90 @@
+"""FineTuner: how a search trains, with the training data that it takes for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paretoprune.experiments.splits import TrainingBatches
+from paretoprune.experiments.training import Training, train
+from paretoprune.search import Problem
+from paretoprune.search.evaluation import on_device
+from paretoprune.search.metrics import device_of
+from paretoprune.search.problem import Epochs
+
+FINETUNING = Training(epochs=1, learning_rate=0.02, warmup=0.05, average=0.0)
+"""From weights that are nearly right: a lower rate than from scratch."""
+DISTILLATION = 0.7
+"""Weight of the dense network's outputs against the targets, where they are distilled."""
+
+
+@dataclass(frozen=True)
+class FineTuner:
+    """A `search.finetuning.Trainer`; picklable, with its data.
+
+    Attributes:
+        batches: Training data with the training augmentation; small images lie on the GPU where
+            there is one.
+        training: How; epochs and seed are the search's.
+        loss: (outputs, targets) -> scalar mean loss; None takes the cross entropy with the label
+            smoothing of `training`.
+        teacher: Whose outputs are distilled; None distils nothing.
+    """
+
+    batches: Epochs
+    training: Training = FINETUNING
+    loss: Callable[[Any, Tensor], Tensor] | None = None
+    teacher: nn.Module | None = None
+
+    @staticmethod
+    def of(problem: Problem, *, distil: bool, training: Training = FINETUNING) -> FineTuner:
+        """Returns the trainer of a problem.
+
+        Args:
+            problem: With `training`.
+            distil: Whether the dense network's outputs are distilled.
+            training: How else.
+
+        Raises:
+            ValueError: If the problem has no training data.
+        """
+        if problem.training is None:
+            raise ValueError(
+                f"fine-tuning needs training data, but the problem {problem.name!r} has none; "
+                f"give its field `training`."
+            )
+        return FineTuner(
+            problem.training,
+            replace(training, distillation=DISTILLATION) if distil else training,
+            None if problem.loss is F.cross_entropy else problem.loss,
+            problem.model if distil else None,
+        )
+
+    def __call__(
+        self,
+        network: nn.Module,
+        *,
+        epochs: int,
+        seed: int,
+        checkpoint: Path,
+        progress: Callable[[str], None],
+    ) -> nn.Module:
+        """Returns a trained copy of a network; see `Trainer`."""
+        device = device_of(network)
+        batches = self.batches
+        if isinstance(batches, TrainingBatches):
+            batches = batches.on(device)
+        return train(
+            network,
+            batches,
+            replace(self.training, epochs=epochs, seed=seed),
+            loss=self.loss,
+            teacher=None if self.teacher is None else on_device(self.teacher),
+            checkpoint=checkpoint,
+            progress=progress,
+        )

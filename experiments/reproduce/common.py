@@ -1,0 +1,302 @@
+"""What the scripts that reproduce the papers' tables share: options, problems, training, rows.
+
+A row is written once it is measured, and never measured again; what is trained for a row lies in
+`--work`, epoch by epoch, so that a script that was stopped goes on where it was. Networks without
+weights under $PARETOPRUNE_DATA are trained there first, on the training images outside the search
+split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from paretoprune.experiments import models
+from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.recipes import RECIPES, build_problem
+from paretoprune.experiments.splits import TrainingBatches
+from paretoprune.experiments.training import Training, train
+from paretoprune.search import Problem, evaluate
+from paretoprune.search.evaluation import on_device
+from paretoprune.search.metrics import device_of
+from paretoprune.search.problem import Batch
+from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan, trace
+
+RESULTS = Path(__file__).parents[1] / "results"
+ALL_IMAGES = 46_000
+"""Training images of CIFAR-10 outside the search split."""
+ALL_TESTED = 10_000
+SCALE = ("epochs", "images", "test_images", "batch_size", "learning_rate")
+"""Columns that say how far a row was run; rows of other scales stand beside each other."""
+Row = dict[str, Any]
+
+
+def parser(
+    description: str | None, *, networks: str, reductions: str, epochs: int
+) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all scripts have.
+
+    Args:
+        description: The script's docstring.
+        networks: Default of `--networks`.
+        reductions: Default of `--reductions`.
+        epochs: Of the full run, the default of `--epochs`.
+    """
+    made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    made.add_argument("--networks", default=networks, help="such as resnet56,vgg16")
+    made.add_argument("--reductions", default=reductions, help="percent that is removed")
+    made.add_argument("--epochs", type=int, default=epochs, help="of every training")
+    made.add_argument("--images", type=int, default=ALL_IMAGES, help="training images")
+    made.add_argument("--test-images", type=int, default=ALL_TESTED)
+    made.add_argument("--seeds", default="0")
+    made.add_argument("--batch-size", type=int, default=128)
+    made.add_argument("--learning-rate", type=float, default=0.05, help="of fine-tuning")
+    made.add_argument("--data", help="cifar10:DIR; by default under $PARETOPRUNE_DATA")
+    made.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="for checkpoints")
+    made.add_argument("--out", type=Path, help="CSV to add rows to")
+    made.set_defaults(full_epochs=epochs)
+    return made
+
+
+def names(text: str) -> list[str]:
+    """Returns the parts of a list with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str) -> list[float]:
+    """Returns the numbers of a list with commas."""
+    return [float(part) for part in names(text)]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A CSV of rows.
+
+    Attributes:
+        file: The CSV.
+        keys: Columns that tell rows apart, beside those in `SCALE`.
+    """
+
+    file: Path
+    keys: tuple[str, ...]
+
+    def rows(self) -> list[dict[str, str]]:
+        """Returns the rows that are there."""
+        if not self.file.exists():
+            return []
+        return list(csv.DictReader(self.file.read_text().splitlines()))
+
+    def find(self, row: Mapping[str, Any]) -> dict[str, str] | None:
+        """Returns the row with the same keys; None if it was not measured."""
+        keys = (*self.keys, *SCALE)
+        for one in self.rows():
+            if all(one[key] == str(row[key]) for key in keys):
+                return one
+        return None
+
+    def measure(self, row: Row, measured: Callable[[], Row]) -> None:
+        """Measures a row and adds it, unless it is there.
+
+        Args:
+            row: Keys, and all that is known before.
+            measured: Returns the other columns.
+        """
+        if self.find(row) is not None:
+            return
+        start = time.perf_counter()
+        whole = {**row, **measured(), "seconds": round(time.perf_counter() - start), **described()}
+        print(whole, flush=True)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.file.exists()
+        with self.file.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, list(whole))
+            if new:
+                writer.writeheader()
+            writer.writerow(whole)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A network with its data, at the scale that the options give.
+
+    Attributes:
+        options: Of the command line.
+        network: Name, as in `experiments.models`, or `digits`.
+        seed: Of all that is drawn.
+        problem: With few training images where the options say so.
+        graph: Of the dense network.
+    """
+
+    options: argparse.Namespace
+    network: str
+    seed: int
+    problem: Problem
+    graph: PruningGraph
+
+    @staticmethod
+    def of(options: argparse.Namespace, network: str, seed: int, *, trained: bool = True) -> Bench:
+        """Returns the bench of a network; where it has no weights, it is trained first.
+
+        Args:
+            options: Of the command line.
+            network: Its name.
+            seed: Of all that is drawn.
+            trained: Whether it needs to be trained.
+        """
+        recipe = network if network in RECIPES else f"{network}-cifar10"
+        if recipe in RECIPES:
+            problem = build_problem(recipe, data=options.data, seed=seed)
+        else:
+            data = options.data or _cifar10()
+            problem = build_problem(f"{models.__name__}:{network}", data=data, seed=seed)
+        batches = problem.training
+        assert isinstance(batches, TrainingBatches)
+        few = batches.resized(options.images, options.batch_size)
+        problem = replace(problem, training=few, name=network)
+        bench = Bench(
+            options, network, seed, problem, trace(problem.model, problem.example_inputs)
+        )
+        if trained and recipe not in RECIPES:
+            dense = bench.train(problem.model, f"{network}-dense", rate=0.1)
+            return replace(bench, problem=replace(problem, model=dense.cpu()))
+        return bench
+
+    @property
+    def keys(self) -> Row:
+        """The columns that every row begins with."""
+        full = (
+            self.options.epochs >= self.options.full_epochs
+            and self.options.images >= ALL_IMAGES
+            and self.options.test_images >= ALL_TESTED
+        )
+        return {
+            "network": self.network,
+            "seed": self.seed,
+            "epochs": self.options.epochs,
+            "images": self.options.images,
+            "test_images": self.options.test_images,
+            "batch_size": self.options.batch_size,
+            "learning_rate": self.options.learning_rate,
+            "full": full,
+        }
+
+    def file(self, name: str) -> Path:
+        """Returns where something that is trained is kept; other scales have other folders."""
+        scale = [getattr(self.options, name) for name in SCALE if name != "test_images"]
+        folder = self.options.work / "-".join(map(str, [self.network, *scale, self.seed]))
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(folder / f"{name}.safetensors")
+
+    def train(
+        self,
+        network: nn.Module,
+        name: str,
+        *,
+        rate: float | None = None,
+        epochs: int | None = None,
+        teacher: nn.Module | None = None,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+    ) -> nn.Module:
+        """Returns a trained copy of a network, which is kept under a name.
+
+        Args:
+            network: Where training starts.
+            name: Where it is kept.
+            rate: Peak learning rate; None takes that of the options.
+            epochs: None takes those of the options.
+            teacher: Distilled, with a weight of 0.7.
+            penalty: Added to the loss.
+        """
+        file = self.file(name)
+        if file.exists():
+            network.load_state_dict(load_file(file))
+            return network.eval()
+        batches = self.problem.training
+        assert isinstance(batches, TrainingBatches)
+        model = on_device(network).to(memory_format=torch.channels_last)
+        trained = train(
+            model,
+            batches.on(device_of(model)),
+            Training(
+                epochs=self.options.epochs if epochs is None else epochs,
+                learning_rate=self.options.learning_rate if rate is None else rate,
+                distillation=0.0 if teacher is None else 0.7,
+                warmup=0.05,
+                seed=self.seed,
+            ),
+            teacher=None if teacher is None else on_device(teacher),
+            penalty=penalty,
+            checkpoint=file.with_suffix(".part"),
+            progress=lambda line: print(f"{file.stem}: {line}", flush=True),
+        )
+        state = {key: value.cpu().contiguous() for key, value in trained.state_dict().items()}
+        save_file(state, file)
+        file.with_suffix(".part").unlink(missing_ok=True)
+        return trained
+
+    def accuracy(self, network: nn.Module) -> float:
+        """Returns the top-1 accuracy on the test images, in percent."""
+        assert self.problem.test is not None
+        few = first(self.problem.test(), self.options.test_images)
+        return round(100 * evaluate(on_device(network), few, self.problem.loss)["accuracy"], 2)
+
+    def costs(self, plan: PruningPlan) -> Row:
+        """Returns what a plan takes away."""
+        cost, dense = self.graph.cost(plan), self.graph.cost()
+        return {
+            "macs_reduction": round(100 * (1 - cost.macs / dense.macs), 2),
+            "params_reduction": round(100 * (1 - cost.params / dense.params), 2),
+            "removed_blocks": len(plan.removed),
+        }
+
+
+def without_lowest(
+    groups: Sequence[PrunableGroup],
+    saliency: Mapping[str, Tensor],
+    share: float,
+    *,
+    least: int,
+    each: bool = False,
+) -> PruningPlan:
+    """Returns the plan without the units of lowest saliency, counted in units and not in MACs.
+
+    Args:
+        groups: What may lose units.
+        saliency: By group name, shape (group.size,).
+        share: Of the units, that goes.
+        least: Units that every group keeps.
+        each: Whether every group loses the same share; else all are ranked together.
+    """
+    everywhere = torch.cat([saliency[group.name] for group in groups]).quantile(share)
+    kept = {}
+    for group in groups:
+        scores = saliency[group.name]
+        limit = scores.quantile(share) if each else everywhere
+        count = max(min(least, group.size), int((scores > limit).sum()))
+        kept[group.name] = tuple(scores.topk(count).indices.sort().values.tolist())
+    return PruningPlan(kept)
+
+
+def first(batches: Iterable[Batch], examples: int) -> list[Batch]:
+    """Returns the first so many examples."""
+    taken: list[Batch] = []
+    for inputs, targets in batches:
+        if examples <= 0:
+            break
+        taken.append((inputs[:examples], targets[:examples]))
+        examples -= len(targets)
+    return taken
+
+
+def _cifar10() -> str:
+    return f"cifar10:{os.environ['PARETOPRUNE_DATA']}/data/cifar10"

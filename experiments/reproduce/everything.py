@@ -1,0 +1,217 @@
+"""Pruning Everything (arXiv:2506.04513): its loop beside the search, layers only, neurons only.
+
+    python -m paretoprune.experiments.reproduce.everything --networks resnet56
+
+Every method ends with a network of at most the FLOPs that the reduction leaves, and all of them
+train on as many batches: what `greedy` spends on the recovery of its candidates, the others add to
+the epochs of their fine-tuning, which distils from the dense network where the method says so.
+
+- `greedy`: the loop, `--recovery` epochs for each candidate, then fine-tuning;
+- `search`: the best of `--trials` trials, fine-tuned; `search distilled`: with distillation;
+- `layers`: as many blocks as it takes, lowest KL divergence first; `neurons`: units alone.
+
+Minutes on two cores: `--networks resnet20 --reductions 50 --epochs 1 --images 2000
+--test-images 1000 --recovery 0 --trials 12 --criterion l2`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from paretoprune.criteria import CRITERIA, SharedCalibration, block_saliency, select
+from paretoprune.criteria.blocks import inner_units
+from paretoprune.experiments.finetuning import FineTuner
+from paretoprune.experiments.reproduce.common import RESULTS, Bench, Results, Row, names, numbers
+from paretoprune.experiments.reproduce.common import parser as base_parser
+from paretoprune.experiments.training import Training
+from paretoprune.search import Finetuning, Record, search
+from paretoprune.search.evaluation import Evaluator, Moved, on_device
+from paretoprune.search.metrics import device_of
+from paretoprune.search.weights import RECOVERED, Weights
+from paretoprune.surgery import InfeasibleBudget, PruningPlan
+
+EPOCHS = 200
+RECOVERY = 10
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures the rows that the arguments ask for."""
+    made = base_parser(
+        __doc__,
+        networks="resnet56",
+        reductions="53.70,62.79,72.67,79.88,86.37",
+        epochs=EPOCHS,
+    )
+    made.add_argument("--recovery", type=int, default=RECOVERY, help="epochs per candidate")
+    made.add_argument("--trials", type=int, default=300)
+    made.add_argument("--criterion", default="kl", help="ranks layers and neurons")
+    made.add_argument("--workers", type=int, help="evaluations at a time; 0 without Ray")
+    made.add_argument("--methods", default=",".join(METHODS))
+    options = made.parse_args(arguments)
+    keys = ("network", "method", "reduction", "seed", "recovery", "trials", "criterion")
+    results = Results(options.out or RESULTS / "everything.csv", keys)
+    for network in names(options.networks):
+        for seed in (int(one) for one in numbers(options.seeds)):
+            bench = Bench.of(options, network, seed)
+            for reduction in numbers(options.reductions):
+                for row, method in _rows(bench, reduction, results):
+                    results.measure(row, method)
+
+
+def _rows(
+    bench: Bench, reduction: float, results: Results
+) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    options = bench.options
+    for method in names(options.methods):
+        row: Row = {
+            **bench.keys,
+            "method": method,
+            "reduction": reduction,
+            "recovery": options.recovery,
+            "trials": options.trials,
+            "criterion": options.criterion,
+        }
+        row["full"] = row["full"] and options.recovery >= RECOVERY
+        epochs = options.epochs
+        if method != "greedy":
+            done = results.find({**row, "method": "greedy"})
+            epochs = int(done["epochs_total"]) if done else epochs + _recovery(bench, reduction)
+        yield row, partial(METHODS[method], bench, reduction, epochs)
+
+
+def _recovery(bench: Bench, reduction: float) -> int:
+    """Returns about how many epochs the loop spends on recovery: a block leaves per step."""
+    share = 1 / max(1, len(bench.graph.blocks))
+    return 2 * int(bench.options.recovery) * math.ceil(reduction / 100 / share)
+
+
+def _folder(bench: Bench, name: str) -> Path:
+    options = bench.options
+    scale = f"{options.recovery}-{options.trials}-{options.criterion}"
+    return bench.file(f"{name}-{scale}").with_suffix("")
+
+
+def _searched(
+    bench: Bench, reduction: float, strategy: str, name: str, epochs: int, distil: bool
+) -> Row:
+    """Returns the row of a search with its fine-tuning."""
+    options, problem = bench.options, bench.problem
+    greedy = strategy == "everything"
+    training = Training(epochs=1, learning_rate=options.learning_rate, warmup=0.05)
+    finetuning = Finetuning(
+        FineTuner.of(problem, distil=distil, training=training),
+        epochs=epochs,
+        top=1,
+        recovery=options.recovery if greedy else 0,
+    )
+    folder = _folder(bench, f"{name}-{reduction}")
+    front = search(
+        problem,
+        1 - reduction / 100,
+        10_000 if greedy else options.trials,
+        strategy=strategy,
+        criteria=(options.criterion,) if greedy else None,
+        finetuning=finetuning,
+        seed=bench.seed,
+        workers=options.workers,
+        run_dir=folder,
+        saliency_dir=options.work / ".saliency",
+    )
+    limit = int((1 - reduction / 100) * bench.graph.cost().macs)
+    best = front.best(limit)
+    spent = epochs
+    if greedy:
+        from paretoprune.search import read_run
+
+        spent += options.recovery * len(read_run(folder).records)
+    return _found(bench, best, Weights.of_run(folder), spent)
+
+
+def _found(bench: Bench, best: Record, weights: Weights, epochs: int) -> Row:
+    assert best.plan is not None
+    problem, graph = bench.problem, bench.graph
+    if best.origin in ("layer", "neurons"):
+        before = weights.network(problem.model, graph, best.plan, RECOVERED)
+    else:
+        before = Evaluator(problem, graph).network(best.plan, bench.seed)
+    after = weights.network(problem.model, graph, best.plan, "finetuned")
+    return _measured(bench, best.plan, before, after, epochs)
+
+
+def _measured(
+    bench: Bench, plan: PruningPlan, before: nn.Module, after: nn.Module, epochs: int
+) -> Row:
+    return {
+        **bench.costs(plan),
+        "epochs_total": epochs,
+        "dense_accuracy": bench.accuracy(bench.problem.model),
+        "accuracy_before": bench.accuracy(before),
+        "accuracy": bench.accuracy(after),
+    }
+
+
+def _one_shot(bench: Bench, reduction: float, epochs: int, *, layers: bool) -> Row:
+    """Returns the row of layers only, or of neurons only, by one ranking of the dense network."""
+    try:
+        plan = _plan(bench, 1 - reduction / 100, layers=layers)
+    except InfeasibleBudget:  # layers alone reach no more than their sum
+        none = dict.fromkeys(("macs_reduction", "params_reduction", "removed_blocks"), "")
+        dense = bench.accuracy(bench.problem.model)
+        return {
+            **none,
+            "epochs_total": 0,
+            "dense_accuracy": dense,
+            "accuracy_before": "",
+            "accuracy": "unreachable",
+        }
+    before = Evaluator(bench.problem, bench.graph).network(plan, bench.seed)
+    name = f"{'layers' if layers else 'neurons'}-{reduction}-{epochs}-{bench.options.criterion}"
+    after = bench.train(before, name, epochs=epochs)
+    before = Evaluator(bench.problem, bench.graph).network(plan, bench.seed)
+    return _measured(bench, plan, before, after, epochs)
+
+
+def _plan(bench: Bench, budget: float, *, layers: bool) -> PruningPlan:
+    problem, graph = bench.problem, bench.graph
+    model = on_device(problem.model)
+    criterion = CRITERIA[bench.options.criterion]()
+    calibration = SharedCalibration(Moved(problem.calibration, device_of(model)), problem.loss)
+    saliency = criterion(model, graph, calibration)
+    if not layers:
+        return select(graph, saliency, budget=budget)
+    blocks = block_saliency(criterion, saliency, model, graph, calibration)
+    order = sorted(blocks, key=lambda name: blocks[name] * inner_units(graph, name))
+    for count in range(1, len(order) + 1):
+        plan = PruningPlan(removed=tuple(order[:count]))
+        if graph.cost(plan).macs <= budget * graph.cost().macs:
+            return plan
+    raise InfeasibleBudget(f"layers alone do not reach {budget:.2%} of the MACs.")
+
+
+def _greedy(bench: Bench, reduction: float, epochs: int) -> Row:
+    return _searched(bench, reduction, "everything", "greedy", epochs, distil=False)
+
+
+def _search(bench: Bench, reduction: float, epochs: int) -> Row:
+    return _searched(bench, reduction, "optuna", "search", epochs, distil=False)
+
+
+def _distilled(bench: Bench, reduction: float, epochs: int) -> Row:
+    return _searched(bench, reduction, "optuna", "distilled", epochs, distil=True)
+
+
+METHODS: dict[str, Callable[[Bench, float, int], Row]] = {
+    "greedy": _greedy,
+    "search": _search,
+    "search distilled": _distilled,
+    "layers": partial(_one_shot, layers=True),
+    "neurons": partial(_one_shot, layers=False),
+}
+
+if __name__ == "__main__":
+    main()

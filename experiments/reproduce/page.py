@@ -1,0 +1,113 @@
+"""docs/results.md: our rows beside the published ones, made from the CSVs and from nothing else.
+
+    python -m paretoprune.experiments.reproduce.page
+
+A row that was not run in full says so; a published row that we have no row for stands alone.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from statistics import mean
+
+from paretoprune.experiments.reproduce.common import RESULTS
+from paretoprune.experiments.reproduce.published import PUBLISHED, Published
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
+TITLES = {
+    "everything": ("Pruning Everything, Everywhere, All at Once", "FLOPs"),
+    "receding": ("Receding Neuron Importances", "filters"),
+    "sosp": ("SOSP", "structures"),
+    "sosp-bottlenecks": ("SOSP: widened where it removes little", "parameters"),
+    "proscore": ("PROscore", "FLOPs"),
+}
+HEAD = """# Results beside the published ones
+
+Made by `python -m paretoprune.experiments.reproduce.page` from the CSVs in `experiments/results/`;
+how each is measured stands in the script of the same name in `experiments/reproduce/`. Accuracies
+are top-1 on the test split of CIFAR-10, absolute, because the papers' dense networks differ by
+more than a point. “FLOPs” are MACs. *Part* marks rows with fewer epochs, training or test images
+than the full run; nothing is estimated.
+"""
+
+
+def main() -> None:
+    """Writes the page."""
+    PAGE.write_text(page(RESULTS))
+
+
+def page(results: Path) -> str:
+    """Returns the page in Markdown.
+
+    Args:
+        results: Folder of the CSVs.
+    """
+    parts = [HEAD]
+    for table, (title, what) in TITLES.items():
+        file = results / f"{table}.csv"
+        rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+        published = [row for row in PUBLISHED if row.table == table]
+        if rows or published:
+            parts.append(f"## {title}\n\n" + "\n".join(_table(rows, published, what)) + "\n")
+    return "\n".join(parts)
+
+
+def _table(rows: list[dict[str, str]], published: list[Published], what: str) -> Iterator[str]:
+    networks = dict.fromkeys([one.network for one in published] + [r["network"] for r in rows])
+    yield f"| network | {what} removed | method | top-1 before fine-tuning | top-1 | run |"
+    yield "|---|---:|---|---:|---:|---|"
+    for network in networks:
+        ours = [row for row in rows if row["network"] == network]
+        theirs = [one for one in published if one.network == network]
+        lines = [*(_theirs(one) for one in theirs), *_ours(ours)]
+        for _, line in sorted(lines, key=lambda pair: pair[0]):
+            yield line
+    sources = dict.fromkeys(f"{one.method}: {one.source}" for one in published)
+    if sources:
+        yield f"\nPublished: {'; '.join(sources)}."
+
+
+def _theirs(row: Published) -> tuple[float, str]:
+    change = "" if row.delta is None else f" ({row.delta:+.2f} points)"
+    accuracy = "–" if row.accuracy is None else f"{row.accuracy:.2f}"
+    cells = [row.network, f"{row.reduction:.2f} %", f"{row.method}, published", "–"]
+    return row.reduction, f"| {' | '.join([*cells, f'{accuracy}{change}', ''])} |"
+
+
+def _ours(rows: Iterable[Mapping[str, str]]) -> Iterator[tuple[float, str]]:
+    """Yields a line per method, reduction and scale: the mean over its seeds, with the range."""
+    groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in rows:
+        recovery = row.get("recovery", "")
+        key = (row["reduction"], row["method"], row["epochs"], row["images"], recovery)
+        groups.setdefault((*key, row["test_images"], row["full"]), []).append(row)
+    for (reduction, method, epochs, images, recovery, tested, full), own in groups.items():
+        removed = own[0].get("macs_reduction") if "recovery" in own[0] else reduction
+        run = f"{_total(own[0], epochs)} epochs of {int(images):,} images"
+        if recovery not in ("", "0"):
+            run += f", {recovery} of them per candidate" if method == "greedy" else ""
+        if full != "True":
+            run = f"*part*: {run}, {int(tested):,} tested"
+        cells = [own[0]["network"], f"{float(removed or reduction):.2f} %", f"**{method}**"]
+        cells += [_spread(own, name) for name in ("accuracy_before", "accuracy")]
+        yield float(reduction), f"| {' | '.join([*cells, run])} |"
+
+
+def _total(row: Mapping[str, str], epochs: str) -> str:
+    return row.get("epochs_total") or epochs
+
+
+def _spread(rows: list[Mapping[str, str]], name: str) -> str:
+    """Returns the mean of a column, with half its range where there are several seeds."""
+    try:
+        values = [float(row[name]) for row in rows]
+    except ValueError:
+        return rows[0][name] or "–"
+    half = (max(values) - min(values)) / 2
+    return f"{mean(values):.2f}" + (f" ± {half:.2f} (n={len(values)})" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()

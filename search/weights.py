@@ -1,0 +1,84 @@
+"""Weights: what a run keeps of networks that were trained; their plans do not give it again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from paretoprune.search.ledger import key_of
+from paretoprune.search.record import LAYER, NEURONS, Completed, Record
+from paretoprune.surgery import PruningGraph, PruningPlan, prune
+
+FOLDER = "weights"
+"""Folder of weights in a run's folder."""
+RECOVERED = "recovered"
+"""Weights of a candidate of the strategy `everything`."""
+FINETUNED = "finetuned"
+"""Weights after the fine-tuning of the best of a front."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A folder with the weights of plans, as safetensors.
+
+    Attributes:
+        folder: Made when the first weights are written.
+    """
+
+    folder: Path
+
+    @staticmethod
+    def of_run(run_dir: Path) -> Weights:
+        """Returns the weights of a run."""
+        return Weights(run_dir.resolve() / FOLDER)
+
+    def file(self, plan: PruningPlan, kind: str) -> Path:
+        """Returns where the weights of a plan are; `kind` tells several of one plan apart."""
+        return self.folder / f"{key_of(plan)}-{kind}.safetensors"
+
+    def write(self, network: nn.Module, plan: PruningPlan, kind: str) -> None:
+        """Writes the weights of the network of a plan whole or not at all."""
+        file = self.file(plan, kind)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".draft{os.getpid()}")  # a killed driver's worker lingers
+        state = {
+            name: value.detach().cpu().contiguous().clone()
+            for name, value in network.state_dict().items()
+        }
+        save_file(state, draft)
+        draft.replace(file)
+
+    def network(
+        self, model: nn.Module, graph: PruningGraph, plan: PruningPlan, kind: str
+    ) -> nn.Module:
+        """Returns the network of a plan with its weights.
+
+        Args:
+            model: The dense network; left untouched.
+            graph: Its graph.
+            plan: The plan.
+            kind: As they were written.
+
+        Raises:
+            ValueError: If they are not there.
+        """
+        file = self.file(plan, kind)
+        if not file.exists():
+            raise ValueError(
+                f"trained weights are missing: {file} is not there; on a cluster all nodes need "
+                f"the run's folder under the same path."
+            )
+        network = prune(model, graph, plan)
+        network.load_state_dict(load_file(file))
+        return network.eval()
+
+
+def trained_weights(record: Record) -> str | None:
+    """Returns which kind of weights a record's network has; None if its plan gives them."""
+    if isinstance(record.finetuned, Completed):
+        return FINETUNED
+    return RECOVERED if record.origin in (LAYER, NEURONS) else None

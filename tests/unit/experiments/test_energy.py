@@ -1,0 +1,63 @@
+"""Energy is measured, adds up over the drivers of a run, and needs its extra."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paretoprune.experiments.energy import (
+    Meter,
+    check_energy,
+    energy_of_run,
+    inference_energy,
+    metered,
+)
+from paretoprune.experiments.models import digits_resnet
+from paretoprune.experiments.reports import parse_reports
+
+
+def test_work_takes_energy_and_time() -> None:
+    with metered() as meter:
+        matrix = torch.randn(400, 400)
+        for _ in range(200):
+            matrix = (matrix @ matrix).softmax(1)
+    assert meter.kwh > 0
+    assert meter.kg > 0
+    assert meter.seconds > 0
+
+
+def test_energy_is_per_thousand_examples() -> None:
+    used = inference_energy(digits_resnet(), torch.randn(20, 1, 8, 8), 20, 0.5)
+    assert 0 < used.seconds < 60
+    assert used.kwh > 0
+
+
+def test_drivers_of_a_run_add_up(tmp_path: Path) -> None:
+    energy_of_run(tmp_path, Meter(0.001, 0.0005, 10.0))
+    line = energy_of_run(tmp_path, Meter(0.002, 0.0005, 5.0))
+    assert "3 Wh, 1 g CO2 in 15 s" in line
+    assert json.loads((tmp_path / "energy.json").read_text()) == pytest.approx(
+        {"kwh": 0.003, "kg": 0.001, "seconds": 15.0}
+    )
+
+
+def test_names_of_reports_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_reports("robustness, energy,robustness") == ("robustness", "energy")
+    assert parse_reports("") == ()
+    with pytest.raises(ValueError, match="unknown report 'colour'; available: robustness, energy"):
+        parse_reports("colour")
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **more: Any) -> Any:
+        if name == "codecarbon":
+            raise ImportError(name)
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"pip install paretoprune\[energy\]"):
+        check_energy()

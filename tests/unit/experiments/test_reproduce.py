@@ -1,0 +1,105 @@
+"""The scripts that reproduce papers measure their rows once, at any scale."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paretoprune.experiments import recipes
+from paretoprune.experiments.models import resnet110, vgg16
+from paretoprune.experiments.reproduce import everything, proscore, receding, sosp
+from paretoprune.experiments.reproduce.common import first, without_lowest
+from paretoprune.experiments.reproduce.published import PUBLISHED
+from paretoprune.experiments.training import Training
+from paretoprune.surgery import trace
+
+SMALL = ["--networks", "digits", "--epochs", "1", "--images", "300", "--test-images", "120"]
+SCRIPTS: dict[str, tuple[Any, list[str], int]] = {
+    "everything": (
+        everything,
+        ["--reductions", "60", "--recovery", "1", "--trials", "4", "--workers", "0",
+         "--criterion", "l2", "--methods", "greedy,search distilled,layers,neurons"],
+        4,
+    ),
+    "receding": (receding, ["--reductions", "0,50"], 6),
+    "sosp": (sosp, ["--reductions", "50", "--parts", "ratios"], 3),
+    "sosp-bottlenecks": (sosp, ["--reductions", "50", "--parts", "bottlenecks"], 3),
+    "proscore": (proscore, ["--reductions", "40", "--methods", "proscore,l2"], 2),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense network need not be good."""
+    monkeypatch.setattr(recipes, "DIGITS_TRAINING", Training(epochs=2, learning_rate=0.1))
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rows_are_measured_once(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, more, count = SCRIPTS[name]
+    out = tmp_path / f"{name.split('-')[0]}.csv"
+    arguments = [*SMALL, *more, "--work", str(tmp_path / "work"), "--out", str(out)]
+    script.main(arguments)
+    file = tmp_path / f"{name}.csv"
+    found = rows(file)
+    assert len(found) == count
+    for row in found:
+        assert row["full"] == "False"
+        assert (row["epochs"], row["images"], row["test_images"]) == ("1", "300", "120")
+        assert 0 <= float(row["accuracy"]) <= 100
+        assert row["torch"] == torch.__version__.split("+")[0]
+    if name == "everything":
+        by_method = {row["method"]: row for row in found}
+        assert all(float(row["macs_reduction"]) >= 60 for row in found)
+        assert len({row["epochs_total"] for row in found}) == 1  # of equal cost
+        assert int(by_method["greedy"]["epochs_total"]) > 1
+        assert by_method["neurons"]["removed_blocks"] == "0"
+    capsys.readouterr()
+    text = file.read_text()
+    script.main(arguments)
+    assert file.read_text() == text
+    assert "epoch" not in capsys.readouterr().out.replace("'epochs", "")
+
+
+def test_units_go_by_their_number() -> None:
+    model = vgg16()
+    graph = trace(model, torch.randn(2, 3, 32, 32))
+    saliency = {g.name: torch.randperm(g.size).float() / g.size for g in graph.open_groups}
+    total = sum(group.size for group in graph.open_groups)
+    plan = without_lowest(graph.open_groups, saliency, 0.5, least=3)
+    assert sum(map(len, plan.kept.values())) == pytest.approx(total / 2, abs=1)
+    plan = without_lowest(graph.open_groups, saliency, 0.5, least=3, each=True)
+    assert all(len(plan.kept[g.name]) == g.size // 2 for g in graph.open_groups)
+    plan = without_lowest(graph.open_groups, saliency, 1.0, least=3)
+    assert {len(kept) for kept in plan.kept.values()} == {3}
+
+
+def test_the_networks_are_the_published_ones() -> None:
+    counted = trace(vgg16(), torch.randn(2, 3, 32, 32)).cost()
+    assert counted.macs == 313_201_664
+    assert len(trace(resnet110(), torch.randn(2, 3, 32, 32)).blocks) == 52
+
+
+def test_the_first_examples_are_exactly_so_many() -> None:
+    batches = [(torch.arange(4), torch.arange(4)), (torch.arange(4), torch.arange(4))]
+    assert [len(targets) for _, targets in first(batches, 6)] == [4, 2]
+    assert first(batches, 0) == []
+
+
+def test_published_rows_are_plausible() -> None:
+    for row in PUBLISHED:
+        assert 0 <= row.reduction < 100
+        assert row.accuracy is None or 80 < row.accuracy < 95
+        assert row.accuracy is not None or row.delta is not None
+        assert row.source
+    assert len({(r.table, r.network, r.method, r.reduction) for r in PUBLISHED}) == len(PUBLISHED)

@@ -1,0 +1,198 @@
+"""The best of a front are trained in the search, once, and are kept as they were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from paretoprune.experiments.finetuning import FineTuner
+from paretoprune.experiments.training import Training
+from paretoprune.search import (
+    Completed,
+    Failed,
+    Finetuning,
+    ParetoFront,
+    Problem,
+    Record,
+    SearchInfo,
+    SearchInterrupted,
+    evaluate,
+    read_run,
+    search,
+)
+from paretoprune.search.weights import FINETUNED, Weights
+from paretoprune.surgery import trace
+
+SETTINGS = Training(epochs=1, learning_rate=0.05)
+
+
+class Told:
+    """Writes down what a search tells."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.interrupted: list[bool] = []
+
+    def started(self, info: SearchInfo) -> None:
+        self.info = info
+
+    def finished(self, record: Record, front: ParetoFront) -> None:
+        self.records.append(record)
+
+    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+        self.interrupted.append(interrupted)
+
+
+class Interrupting(FineTuner):
+    """Ends with Ctrl-C once so many epochs were trained in all."""
+
+    epochs_left = 10**9
+
+    def __call__(
+        self,
+        network: nn.Module,
+        *,
+        epochs: int,
+        seed: int,
+        checkpoint: Path,
+        progress: Callable[[str], None],
+    ) -> nn.Module:
+        def counting(line: str) -> None:
+            progress(line)
+            Interrupting.epochs_left -= 1
+            if not Interrupting.epochs_left:
+                raise KeyboardInterrupt
+
+        return super().__call__(
+            network, epochs=epochs, seed=seed, checkpoint=checkpoint, progress=counting
+        )
+
+
+def run(
+    problem: Problem, run_dir: Path, finetuning: Finetuning | None, told: Sequence[Told] = ()
+) -> ParetoFront:
+    return search(
+        problem,
+        0.5,
+        4,
+        criteria=("l2",),
+        workers=0,
+        run_dir=run_dir,
+        finetuning=finetuning,
+        listeners=told,
+    )
+
+
+def trained(problem: Problem, kind: type[FineTuner] = FineTuner) -> Finetuning:
+    assert not isinstance(problem.calibration, torch.Tensor)
+    return Finetuning(kind([*problem.calibration], SETTINGS), epochs=3, top=2)
+
+
+def test_the_best_are_trained_and_kept_as_measured(problem: Problem, tmp_path: Path) -> None:
+    plain = run(problem, tmp_path / "plain", None)
+    told = Told()
+    front = run(problem, tmp_path, trained(problem), [told])
+    assert [one.number for one in front.records] == [one.number for one in plain.records]
+    best = sorted(plain.records, key=lambda one: _loss(one))[:2]
+    done = [one for one in front.records if one.finetuned is not None]
+    assert {one.number for one in done} == {one.number for one in best}
+    assert told.interrupted == [False]
+    assert [one.number for one in told.records[:4]] == [0, 1, 2, 3]
+    assert [one.number for one in told.records[4:]] == [one.number for one in best]
+    graph = trace(problem.model, problem.example_inputs)
+    for record in done:
+        assert record.plan is not None
+        network = Weights.of_run(tmp_path).network(problem.model, graph, record.plan, FINETUNED)
+        measured = evaluate(network, problem.validation)
+        assert record.finetuned_metrics == pytest.approx({**measured, "epochs": 3}, rel=1e-4)
+        before = run_metrics(plain, record.number)
+        assert record.outcome == replace_metrics(record, before)  # the trial's own stay
+    assert {one.number: one.finetuned for one in read_run(tmp_path).records} == {
+        **{number: None for number in range(4)},
+        **{one.number: one.finetuned for one in done},
+    }
+    assert front.best() == min(done, key=lambda one: one.finetuned_metrics["loss"])
+
+
+def _loss(record: Record) -> float:
+    assert isinstance(record.outcome, Completed)
+    return record.outcome.metrics["loss"]
+
+
+def run_metrics(front: ParetoFront, number: int) -> dict[str, float]:
+    (record,) = (one for one in front.records if one.number == number)
+    assert isinstance(record.outcome, Completed)
+    return dict(record.outcome.metrics)
+
+
+def replace_metrics(record: Record, metrics: dict[str, float]) -> Completed:
+    assert isinstance(record.outcome, Completed)
+    return Completed(metrics, record.outcome.seconds)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 4])
+def test_it_goes_on_where_it_was_interrupted(
+    problem: Problem, tmp_path: Path, epochs: int
+) -> None:
+    Interrupting.epochs_left = 10**9
+    whole = run(problem, tmp_path / "whole", trained(problem, Interrupting))
+    Interrupting.epochs_left = epochs
+    told = Told()
+    with pytest.raises(SearchInterrupted):
+        run(problem, tmp_path / "run", trained(problem, Interrupting), [told])
+    assert told.interrupted == [True]
+    Interrupting.epochs_left = left = 10**9
+    resumed = run(problem, tmp_path / "run", trained(problem, Interrupting))
+    assert left - Interrupting.epochs_left == 6 - epochs  # no epoch is trained again
+    for before, after in zip(whole.records, resumed.records, strict=True):
+        assert before.finetuned_metrics == after.finetuned_metrics
+        if before.finetuned is None:
+            continue
+        assert before.plan is not None
+        files = [
+            Weights.of_run(tmp_path / name).file(before.plan, FINETUNED)
+            for name in ("whole", "run")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    Interrupting.epochs_left = 1
+    assert run(problem, tmp_path / "run", trained(problem, Interrupting)) == resumed
+    left_over = {file.suffix for file in (tmp_path / "run" / "weights").iterdir()}
+    assert left_over == {".safetensors", ".log", ".json"}
+
+
+def test_a_training_that_diverges_costs_no_trial(problem: Problem, tmp_path: Path) -> None:
+    wild = FineTuner([*problem.calibration], replace(SETTINGS, learning_rate=1e30))
+    front = run(problem, tmp_path, Finetuning(wild, epochs=2, top=1))
+    (record,) = (one for one in front.records if one.finetuned is not None)
+    assert isinstance(record.finetuned, Failed)
+    assert "diverged" in record.finetuned.error
+    assert front.best() in front.records
+    assert run(problem, tmp_path, Finetuning(wild, epochs=2, top=1)) == front  # not again
+
+
+def test_who_leads_is_decided_before_fine_tuning(problem: Problem, tmp_path: Path) -> None:
+    front = run(problem, tmp_path, None)
+    first, second = front.leading(2, 10**9)
+    worse = replace(second, finetuned=Completed({"loss": 1e-6}, 1.0))
+    others = [one for one in front.records if one is not second]
+    again = ParetoFront.of([*others, worse], front.objectives)
+    assert again.leading(1, 10**9) == [first]
+    assert again.best() == worse
+    assert front.leading(5, 0) == []
+
+
+@pytest.mark.parametrize(("field", "value"), [("epochs", -1), ("top", 0), ("recovery", -2)])
+def test_numbers_out_of_range(problem: Problem, field: str, value: int) -> None:
+    trainer = FineTuner([*problem.calibration])
+    with pytest.raises(ValueError, match=f"`{field}` must be at least .*, but got {value}"):
+        Finetuning(trainer, **{field: value})
+
+
+def test_a_problem_without_training_data_is_told(problem: Problem) -> None:
+    with pytest.raises(ValueError, match="'noise' has none; give its field `training`"):
+        FineTuner.of(problem, distil=False)
