@@ -5,13 +5,12 @@ unit of equal saliency is taken from. So the claimed damage of a plan is, group 
 
     D_g = MACs that a unit of g saves * sum of the saliencies of the units that go,
 
-and the loss above the dense network's is claimed to be proportional to the sum of all D_g.
-Finished trials show how wrong that is: their losses are regressed on their D_g, with a coefficient
-per group that is 1 a priori (Bayesian linear regression; widths of prior and noise by their
-evidence). Coefficients drawn from the posterior multiply the saliencies, and the ranking then
-minimises the loss that the model expects at a budget. As in SPDY (Frantar & Alistarh, ICML 2022,
-arXiv:2201.13096), what is searched is how far to trust each layer's own error; here every trial
-teaches about all of them at once.
+and the loss is claimed to be proportional to the sum of all D_g. Finished trials show how wrong
+that is: their losses are regressed on their D_g, with a coefficient per group that is 1 a priori,
+and more for residual streams (Bayesian linear regression). Coefficients drawn from the posterior
+(Thompson sampling) multiply the saliencies, and the ranking then minimises the loss that the model
+expects at a budget. As in SPDY (Frantar & Alistarh, ICML 2022, arXiv:2201.13096), what is searched
+is how far to trust each layer's own error; here every trial teaches about all of them at once.
 
 Damages only nearly add up, so every second plan, by chance, is a mutation of one of the best plans
 instead, in a few groups.
@@ -28,15 +27,11 @@ from torch import Tensor
 
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.record import Completed, Record
-from paretoprune.search.space import OFFSET, SearchSpace, base_saliency
+from paretoprune.search.space import OFFSET, SPARED, SearchSpace, base_saliency
 from paretoprune.surgery import PruningGraph, PruningPlan
 
 Array = NDArray[np.float64]
-WIDTHS = (0.5, 1.0, 2.0)
-"""Standard deviations of a coefficient a priori; the likeliest is taken."""
-NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
-"""Standard deviations of what the model cannot explain, as shares of the loss above dense."""
-_BOLDNESS = 0.3  # of the draws, as a share of the posterior's standard deviation
+_NOISE = 0.06  # what the model cannot explain, as a share of the spread of the losses
 _BEST = 0.5  # chance that the best trial is the parent; else the next one, and so on
 _GROUPS = 0.15  # share of the offsets that a mutation changes
 _STEP, _HALVED = 0.6, 30  # its standard deviation, and after how many trials it is halved
@@ -50,7 +45,6 @@ class DamageModel:
         space: What a trial decides.
         graph: The dense network's graph.
         saliencies: By criterion, by group; shape (group.size,).
-        dense: Loss of the dense network on the search split.
         seed: Seed of every proposal.
     """
 
@@ -59,13 +53,11 @@ class DamageModel:
         space: SearchSpace,
         graph: PruningGraph,
         saliencies: Mapping[str, Mapping[str, Tensor]],
-        dense: float,
         seed: int,
     ) -> None:
         self._space = space
         self._graph = graph
         self._saliencies = saliencies
-        self._dense = dense
         self._seed = seed
         self._ties = list(dict.fromkeys(space.ties.values()))
         self._saved = {name: _saved_per_unit(graph, name) for name in space.ties}
@@ -103,7 +95,7 @@ class DamageModel:
             parent.criterion,
             level,
             parent.allocation,
-            int(np.clip(removed, 0, self._space.most_removed)),
+            removed=int(np.clip(removed, 0, self._space.most_removed)),
         )
         return parameters | {
             f"offset/{tie}": float(value)
@@ -135,17 +127,17 @@ class DamageModel:
     def _coefficients(self, records: Sequence[Record], generator: np.random.Generator) -> Array:
         """Returns a draw of the coefficient of each offset, shape (n_offsets,)."""
         claims = np.stack([self._claim(record) for record in records])
-        losses = np.array([_loss(record) for record in records])
-        damage = losses - min(self._dense, losses.min() - 0.1 * np.ptp(losses))
+        damage = np.array([_loss(record) for record in records])
         budgets = np.array([record.candidate.budget for record in records])
         for budget in np.unique(budgets):  # what is learnt are shares, so budgets can be pooled
             at = budgets == budget
-            claims[at] /= max(claims[at].sum(1).mean(), 1e-12)
-            damage[at] /= max(damage[at].mean(), 1e-12)
-        mean, precision = likeliest(claims, damage)
+            claims[at] /= max(float(np.median(claims[at].sum(1))), 1e-12)
+            damage[at] /= max(float(np.median(damage[at])), 1e-12)
+        expected = [np.exp(SPARED * (tie in self._space.streams)) for tie in self._ties]
+        mean, precision = posterior(claims, damage, np.array(expected))
         factor = np.linalg.cholesky(precision)
-        draw = mean + _BOLDNESS * np.linalg.solve(factor.T, generator.normal(size=len(mean)))
-        return np.clip(draw, np.exp(-OFFSET), np.exp(OFFSET))
+        draw = mean + np.linalg.solve(factor.T, generator.normal(size=len(mean)))
+        return np.clip(draw[1:], np.exp(-OFFSET), np.exp(OFFSET))
 
     def _claim(self, record: Record) -> Array:
         """Returns D of the groups of each offset, shape (n_offsets,)."""
@@ -184,34 +176,25 @@ def _like(parent: Candidate, done: Sequence[Record]) -> list[Record]:
     ]
 
 
-def likeliest(claims: Array, damage: Array) -> tuple[Array, Array]:
-    """Returns mean and precision of the coefficients, at the likeliest widths of prior and noise.
+def posterior(claims: Array, damage: Array, expected: Array) -> tuple[Array, Array]:
+    """Returns mean and precision of intercept and coefficients.
 
-    damage = claims @ c + noise with c ~ N(1, width^2); the noise of a trial is proportional to its
-    damage, so that bad trials, where damages no longer add up, count less.
+    damage = a + claims @ c + noise with a ~ N(0, 1) and c ~ N(expected, 1). The intercept takes up
+    that the loss is not proportional; the noise is a share of the spread of the damages.
 
     Args:
-        claims: shape (n_trials, n_coefficients).
+        claims: shape (n_trials, n).
         damage: shape (n_trials,).
+        expected: shape (n,).
 
     Returns:
-        Shapes (n_coefficients,) and (n_coefficients, n_coefficients).
+        Shapes (1 + n,) and (1 + n, 1 + n).
     """
-    count = claims.shape[1]
-    off = damage - claims.sum(1)
-    best: tuple[float, Array, Array] | None = None
-    for width in WIDTHS:
-        for noise in NOISES:
-            variance = (noise * damage.clip(min=0.01)) ** 2
-            covariance = np.diag(variance) + width**2 * claims @ claims.T
-            _, size = np.linalg.slogdet(covariance)
-            evidence = -0.5 * (size + off @ np.linalg.solve(covariance, off))
-            if best is None or evidence > best[0]:
-                precision = np.eye(count) / width**2 + (claims / variance[:, None]).T @ claims
-                pull = (claims / variance[:, None]).T @ off
-                best = evidence, 1 + np.linalg.solve(precision, pull), precision
-    assert best is not None, "there are widths to choose from"
-    return best[1], best[2]
+    design = np.hstack([np.ones((len(claims), 1)), claims])
+    prior = np.concatenate(([0.0], expected))
+    noise = max(_NOISE * damage.std(), 1e-3)
+    precision = np.eye(len(prior)) + design.T @ design / noise**2
+    return np.linalg.solve(precision, prior + design.T @ damage / noise**2), precision
 
 
 def _loss(record: Record) -> float:

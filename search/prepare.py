@@ -85,9 +85,7 @@ class Prepared:
         Args:
             seed: Seed of every proposal.
         """
-        return DamageModel(
-            self.space, self.graph, self.saliencies, self.info.metrics["loss"], seed
-        )
+        return DamageModel(self.space, self.graph, self.saliencies, seed)
 
 
 def prepare(

@@ -31,8 +31,10 @@ LEVELS = (1.0, 0.85, 0.7, 0.55)
 """Budgets of the search as shares of its target; below the target so that a front appears."""
 MOST_OFFSETS = 40
 """Most offsets of one kind; more groups share theirs, more blocks have none."""
-OFFSET = 2.0
+OFFSET = 2.3
 """Offsets lie in [-OFFSET, OFFSET]; they are added to the logarithms of saliencies."""
+SPARED = 1.0
+"""The offset of residual streams in the seeds that spare them."""
 SHIFT = 0.25
 """A block moves by at most this share of the ranking."""
 _NEGLIGIBLE = 0.001  # a group that frees less of the dense MACs gets no offset
@@ -66,6 +68,9 @@ class SearchSpace:
         dense: MACs of the dense network.
         levels: Budgets as shares of the target.
         ties: The offset that each group takes, by group name; several groups may share one.
+        streams: The offsets of groups outside of all blocks, where there are blocks: what is lost
+            of a residual stream is lost to every layer behind, and criteria that look at one layer
+            at a time put it too low.
         blocks: Removable blocks, the one whose removal does least damage per MAC first.
         most_removed: Most blocks that a sampler removes.
         block_saliencies: By criterion, the saliency of each block on the scale of its units; a
@@ -77,6 +82,7 @@ class SearchSpace:
     dense: int
     levels: tuple[float, ...]
     ties: Mapping[str, str]
+    streams: tuple[str, ...]
     blocks: tuple[str, ...]
     most_removed: int
     block_saliencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -104,12 +110,14 @@ class SearchSpace:
         smallest = smallest_macs(graph, tuple(blocks))
         if smallest > target:  # raises, with the reachable minimum in its message
             select(graph, next(iter(saliencies.values())), budget=target, removed=tuple(blocks))
+        ties = _ties(_groups_that_matter(graph))
         return SearchSpace(
             criteria=tuple(saliencies),
             target=target,
             dense=graph.cost().macs,
             levels=tuple(level for level in LEVELS if int(level * target) >= smallest),
-            ties=_ties(_groups_that_matter(graph)),
+            ties=ties,
+            streams=_streams(graph, ties),
             blocks=tuple(blocks),
             most_removed=_most_removed(graph, blocks, target),
             block_saliencies=(block_saliencies or {}) if blocks else {},
@@ -119,7 +127,7 @@ class SearchSpace:
         """Returns the space as plain values: two searches with equal ones can share a study."""
         values = {**vars(self), "ties": dict(self.ties), "offset": OFFSET} | {
             name: list(getattr(self, name))
-            for name in ("criteria", "levels", "blocks", "allocations")
+            for name in ("criteria", "levels", "streams", "blocks", "allocations")
         }
         del values["block_saliencies"]
         return values
@@ -165,26 +173,32 @@ class SearchSpace:
         """Returns the parameters of the trials that a search begins with.
 
         What the field knows: every criterion's one-shot global, joint and uniform allocation at
-        the target, then at lower budgets, then the first blocks of the ranking removed. About a
-        third of the trials, but every criterion's global allocation at the target is there when
-        there are trials enough.
+        the target, and the global one that spares residual streams; then at lower budgets; then
+        the first blocks of the ranking removed. About a third of the trials, but every criterion's
+        global allocation at the target is there when there are trials enough.
 
         Args:
             trials: How many trials the search has.
         """
         shots = [
-            self.parameters(criterion, level, allocation)
+            self.parameters(criterion, level, allocation, spared=spared)
             for level in self.levels
-            for allocation in self.allocations
+            for allocation, spared in self._bases
             for criterion in self.criteria
         ]
         shots.extend(
-            self.parameters(self.criteria[0], 1.0, "global", count)
+            self.parameters(self.criteria[0], 1.0, "global", removed=count)
             for count in _BLOCK_SEEDS
             if count <= self.most_removed
         )
         most = min(trials, max(len(self.criteria), round(trials / 3)))
         return shots[:most]
+
+    @property
+    def _bases(self) -> list[tuple[Allocation, bool]]:
+        """The allocations of the seeds, and whether they spare streams."""
+        spared: list[tuple[Allocation, bool]] = [("global", True)] if self.streams else []
+        return [("global", False), *spared, *((each, False) for each in self.allocations[1:])]
 
     def fixed(self, number: int) -> dict[str, Any]:
         """Returns the parameters that the sampler may not decide: the budget, in turn.
@@ -252,21 +266,31 @@ class SearchSpace:
         return int(level * self.target) / self.dense
 
     def parameters(
-        self, criterion: str, level: float, allocation: str, removed: int = 0
+        self,
+        criterion: str,
+        level: float,
+        allocation: str,
+        *,
+        removed: int = 0,
+        spared: bool = False,
     ) -> dict[str, Any]:
-        """Returns all parameters of a candidate that departs from no base allocation.
+        """Returns all parameters of a candidate.
 
         Args:
             criterion: Name of the criterion.
             level: Budget as a share of the target.
             allocation: Base allocation.
             removed: How many blocks of the ranking go.
+            spared: Whether the offsets spare residual streams; else they are all 0.
         """
         parameters: dict[str, Any] = {
             "criterion": criterion,
             "budget": level,
             "allocation": allocation,
-            **{f"offset/{tie}": 0.0 for tie in dict.fromkeys(self.ties.values())},
+            **{
+                f"offset/{tie}": SPARED * (spared and tie in self.streams)
+                for tie in dict.fromkeys(self.ties.values())
+            },
         }
         if self.most_removed:
             parameters[_BLOCKS] = 1 + removed
@@ -324,6 +348,13 @@ def _ties(groups: Sequence[str]) -> dict[str, str]:
         ties = {group: ".".join(group.split(".")[:-1][:depth]) for group in groups}
         depth -= 1
     return ties
+
+
+def _streams(graph: PruningGraph, ties: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the offsets of groups that lie in no block, none where there are no blocks."""
+    inside = {name for block in graph.blocks.values() for name in block.groups}
+    outside = {tie: None for group, tie in ties.items() if group not in inside}
+    return tuple(outside) if inside else ()
 
 
 def _most_removed(graph: PruningGraph, blocks: Sequence[str], target: int) -> int:

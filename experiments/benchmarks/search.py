@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--flops", default="0.5,0.3,0.15", help="targets as fractions")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--methods", default=",".join(METHODS), help="of figures")
     parser.add_argument("--variants", default=",".join(PARTS), help="of parts")
     parser.add_argument("--cache", type=Path, default=Path("runs/.saliency"))
     parser.add_argument("--out", type=Path, help="default: experiments/results/search-WHAT.csv")
@@ -114,9 +115,10 @@ def main() -> None:
         for flops in map(float, options.flops.split(",")):
             same = {"network": options.recipe, "flops": flops, "seed": seed}
             if options.what == "figures":
-                if not has(out, same):
-                    found = figures(problem, flops, options.trials, seed, options.cache)
-                    append(out, [{**same, **row, **described()} for row in found])
+                for method in options.methods.split(","):
+                    if not has(out, {**same, "method": method}):
+                        row = METHODS[method](problem, flops, options.trials, seed, options.cache)
+                        append(out, [{**same, "method": method, **row, **described()}])
                 continue
             for variant in options.variants.split(","):
                 this = {**same, "variant": variant}
@@ -125,44 +127,65 @@ def main() -> None:
                     append(out, [{**this, **row, **described()} for row in grown])
 
 
-def figures(
-    problem: Problem, flops: float, trials: int, seed: int, saliency_dir: Path
-) -> Iterator[Row]:
-    """Yields one row per method for a FLOPs target (a fraction of the dense MACs)."""
-    graph = trace(problem.model, problem.example_inputs)
-    evaluator = Evaluator(problem, graph)
-
-    def recovered(plan: PruningPlan) -> nn.Module:
-        return evaluator.network(plan, seed)
-
-    def final(plan: PruningPlan) -> nn.Module:
-        return evaluator.final(plan, seed)
-
-    def recalibrated(plan: PruningPlan) -> nn.Module:
-        small = prune(problem.model, graph, plan)
-        return recalibrate(small, problem.recalibration or problem.calibration)
-
+def searched(problem: Problem, flops: float, trials: int, seed: int, cache: Path) -> Row:
+    """Returns the row of the best of a search for a FLOPs target (a fraction)."""
     start = time.perf_counter()
-    front = search(problem, flops, trials, seed=seed, saliency_dir=saliency_dir)
+    front = search(problem, flops, trials, seed=seed, saliency_dir=cache)
     best = front.best()
     assert best.plan is not None, "a record of the front has a plan"
     seconds = time.perf_counter() - start
     label = f"{best.candidate.criterion}, {best.candidate.allocation}, {best.origin}"
-    yield tested(problem, graph, "search", label, best.plan, final, trials, seconds)
+    graph = trace(problem.model, problem.example_inputs)
+    network = Evaluator(problem, graph).final(best.plan, seed)
+    return tested(problem, graph, label, best.plan, network, trials, seconds)
 
+
+def one_shot(problem: Problem, flops: float, trials: int, seed: int, cache: Path) -> Row:
+    """Returns the row of the best one-shot plan, reconstructed."""
+    graph = trace(problem.model, problem.example_inputs)
+    evaluator = Evaluator(problem, graph)
+    return best_plan(
+        problem,
+        graph,
+        flops,
+        lambda plan: evaluator.network(plan, seed),
+        lambda plan: evaluator.final(plan, seed),
+    )
+
+
+def recalibrated(problem: Problem, flops: float, trials: int, seed: int, cache: Path) -> Row:
+    """Returns the row of the best one-shot plan with BatchNorm recalibration alone."""
+    graph = trace(problem.model, problem.example_inputs)
+
+    def build(plan: PruningPlan) -> nn.Module:
+        small = prune(problem.model, graph, plan)
+        return recalibrate(small, problem.recalibration or problem.calibration)
+
+    return best_plan(problem, graph, flops, build, build)
+
+
+METHODS: Mapping[str, Callable[[Problem, float, int, int, Path], Row]] = MappingProxyType(
+    {"search": searched, "one-shot": one_shot, "recalibrated": recalibrated}
+)
+
+
+def best_plan(
+    problem: Problem,
+    graph: PruningGraph,
+    flops: float,
+    build: Callable[[PruningPlan], nn.Module],
+    final: Callable[[PruningPlan], nn.Module],
+) -> Row:
+    """Returns the row of the one-shot plan of the lowest loss on the search split."""
+    start = time.perf_counter()
     plans = dict(one_shot_plans(problem, graph, flops))
-    for method, build, handed_out in (
-        ("one-shot", recovered, final),
-        ("recalibrated", recalibrated, recalibrated),
-    ):
-        start = time.perf_counter()
-        losses = {
-            name: evaluate(build(plan), problem.validation, problem.loss)["loss"]
-            for name, plan in plans.items()
-        }
-        name = min(losses, key=lambda name: losses[name])
-        seconds = time.perf_counter() - start
-        yield tested(problem, graph, method, name, plans[name], handed_out, len(plans), seconds)
+    losses = {
+        name: evaluate(build(plan), problem.validation, problem.loss)["loss"]
+        for name, plan in plans.items()
+    }
+    name = min(losses, key=lambda name: losses[name])
+    seconds = time.perf_counter() - start
+    return tested(problem, graph, name, plans[name], final(plans[name]), len(plans), seconds)
 
 
 def one_shot_plans(
@@ -182,19 +205,16 @@ def one_shot_plans(
 def tested(
     problem: Problem,
     graph: PruningGraph,
-    method: str,
     chosen: str,
     plan: PruningPlan,
-    build: Callable[[PruningPlan], nn.Module],
+    network: nn.Module,
     candidates: int,
     seconds: float,
 ) -> Row:
     """Returns the row of a chosen plan; reads the test split."""
-    network = build(plan)
     assert problem.test is not None, "CIFAR-10 has a test split"
     split = evaluate(network, problem.validation, problem.loss)
     return {
-        "method": method,
         "chosen": chosen,
         "macs_ratio": round(graph.cost(plan).macs / graph.cost().macs, 4),
         "params_ratio": round(graph.cost(plan).params / graph.cost().params, 4),
@@ -268,8 +288,7 @@ def run(
     space = prepared.space
     decide = space.fixed
     if sampler == "damage":
-        dense = prepared.info.metrics["loss"]
-        model = DamageModel(space, prepared.graph, prepared.saliencies, dense, seed)
+        model = DamageModel(space, prepared.graph, prepared.saliencies, seed)
         decide = partial(model, history)
     study.begin(space.seeds(trials) if seeded else [], prepared.info.target, decide)
     searcher = Searcher(study, Decisions(space.suggest, prepared.decode), trials, seed, finished)

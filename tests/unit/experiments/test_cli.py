@@ -107,7 +107,7 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
     ),
     "an unknown sampler": (
         [*SEARCH, "--flops", "50%", "--sampler", "best"],
-        "unknown sampler 'best'; available: tpe",
+        "unknown sampler 'best'; available: damage, tpe",
     ),
     "workers below none": ([*SEARCH, "--flops", "50%", "--workers", "-1"], "--workers must be"),
     "a time limit without workers": (

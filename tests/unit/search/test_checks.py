@@ -39,7 +39,10 @@ DENSE = Cost(macs=100, params=10)
         ({"criteria": ("l3",)}, "unknown criterion 'l3'; available: l1, l2, "),
         ({"criteria": ()}, "a search needs a criterion; available: l1, "),
         ({"criteria": "l2"}, "a sequence of names, but got the string 'l2'"),
-        ({"sampler": "tps"}, "unknown sampler 'tps'; available: tpe, nsga2, nsga3, gp, random"),
+        (
+            {"sampler": "tps"},
+            "unknown sampler 'tps'; available: damage, tpe, nsga2, nsga3, gp, random",
+        ),
         ({"objectives": ("loss", "flops")}, "unknown objective 'flops'; available: loss, "),
         ({"objectives": ("loss",)}, r"two or more different objectives, but got \['loss'\]"),
         ({"objectives": ("loss", "loss")}, "two or more different objectives"),

@@ -96,6 +96,20 @@ def test_seeds_are_the_one_shot_allocations(setting: Setting) -> None:
     assert all(seed.keys() == set(asked.asked) for seed in seeds)
 
 
+def test_some_seeds_spare_the_residual_stream(setting: Setting) -> None:
+    graph, saliencies = setting
+    space = space_of(setting)
+    inside = {name for block in graph.blocks.values() for name in block.groups}
+    assert set(space.streams) == {g.name for g in graph.open_groups} - inside
+    first, second = (space.suggest(Suggests(p)) for p in space.seeds(300)[:3:2])
+    plans = [space.decode(candidate, graph, saliencies) for candidate in (first, second)]
+    for name in space.streams:
+        before, after = (len(plan.kept.get(name, range(24))) for plan in plans)
+        assert after > before or after == size
+    plain = replace(space, blocks=(), streams=(), most_removed=0)
+    assert not any(map(any, (plain.suggest(Suggests(p)).offsets.values() for p in plain.seeds(9))))
+
+
 @pytest.mark.parametrize(("trials", "expected"), [(1, 1), (2, 2), (3, 2), (30, 10)])
 def test_seeds_are_about_a_third_and_every_criterion(
     setting: Setting, trials: int, expected: int
