@@ -18,7 +18,15 @@ from paretoprune.experiments.stages import Stages, clock_time
 from paretoprune.experiments.tables import Row, front_table
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import Completed, Failed, Infeasible, ParetoFront, Record, SearchInfo
+from paretoprune.search import (
+    Completed,
+    Failed,
+    Infeasible,
+    ParetoFront,
+    Record,
+    SearchInfo,
+    Stopped,
+)
 
 _LINE_SECONDS = 10.0
 """Least time between plain lines that say nothing new."""
@@ -162,6 +170,8 @@ class SearchProgress:
                 parts.append(f"trial {record.number} failed: {error}")
             case Infeasible(reason=reason):
                 parts.append(f"trial {record.number} infeasible: {reason}")
+            case Stopped():
+                parts.append(f"trial {record.number} stopped early, as dominated")
         match record.finetuned:
             case Failed(error=error):
                 parts.append(f"fine-tuning of trial {record.number} failed: {error}")
@@ -239,4 +249,6 @@ def reasons(view: SearchView) -> dict[str, int]:
                 counted[f"failed: {error}"] += 1
             case Infeasible():
                 counted["infeasible"] += 1
+            case Stopped():
+                counted["stopped early, as dominated"] += 1
     return dict(counted.most_common(4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paretoprune.experiments.tables import Row, pruning_ratios
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import Failed, Infeasible
+from paretoprune.search import Failed, Infeasible, Stopped
 
 
 def headline(view: SearchView) -> str:
@@ -40,6 +40,7 @@ def counts(view: SearchView) -> str:
     parts += [
         f"{number} {word}"
         for word, number in (
+            ("stopped early", view.count(Stopped)),
             ("infeasible", view.count(Infeasible)),
             ("failed", view.count(Failed)),
         )

@@ -26,7 +26,7 @@ from paretoprune.experiments.store import ExportPlace, Store
 from paretoprune.experiments.summary import note
 from paretoprune.experiments.trial_facts import metrics_of, params_of, run_name, table_of, tags_of
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import Completed, Failed, ParetoFront, Record
+from paretoprune.search import Completed, Failed, ParetoFront, Record, Stopped
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -167,7 +167,8 @@ class SearchRuns:
         begun = self._children.get(record.number)
         now = _now()
         if begun is None:
-            seconds = record.outcome.seconds if isinstance(record.outcome, Completed) else 0.0
+            outcome = record.outcome
+            seconds = outcome.seconds if isinstance(outcome, Completed | Stopped) else 0.0
             start = now - round(1000 * seconds)
             begun = self._client.create_run(
                 self._experiment, start, tags, run_name=run_name(record, view)

@@ -23,7 +23,7 @@ def run_name(record: Record, view: SearchView) -> str:
 
 
 def outcome_word(record: Record) -> str:
-    """Returns `completed`, `failed` or `infeasible`."""
+    """Returns `completed`, `stopped`, `failed` or `infeasible`."""
     return type(record.outcome).__name__.lower()
 
 

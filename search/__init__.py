@@ -14,7 +14,15 @@ from paretoprune.search.listener import Listener, SearchInfo
 from paretoprune.search.loop import read_run, search
 from paretoprune.search.metrics import evaluate
 from paretoprune.search.problem import Batch, Direction, Objective, Problem
-from paretoprune.search.record import Completed, Failed, Failure, Infeasible, Outcome, Record
+from paretoprune.search.record import (
+    Completed,
+    Failed,
+    Failure,
+    Infeasible,
+    Outcome,
+    Record,
+    Stopped,
+)
 from paretoprune.search.space import SearchSpace
 
 __all__ = [
@@ -38,6 +46,7 @@ __all__ = [
     "SearchInterrupted",
     "SearchSpace",
     "SearchStuck",
+    "Stopped",
     "StoreFailed",
     "evaluate",
     "hypervolume",

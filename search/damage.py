@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paretoprune.search.candidate import Candidate
-from paretoprune.search.record import Completed, Record
+from paretoprune.search.record import Completed, Record, Stopped
 from paretoprune.search.space import OFFSET, SPARED, SearchSpace, base_saliency
 from paretoprune.surgery import PruningGraph, PruningPlan
 
@@ -76,7 +76,7 @@ class DamageModel:
         """
         level = self._space.fixed(number)["budget"]
         done = sorted(
-            (record for record in records if isinstance(record.outcome, Completed)),
+            (record for record in records if isinstance(record.outcome, Completed | Stopped)),
             key=lambda record: record.number,
         )
         if not done:
@@ -143,7 +143,7 @@ class DamageModel:
         """Returns D of the groups of each offset, shape (n_offsets,)."""
         if record.number not in self._known:
             plan, uniform = record.plan, record.candidate.allocation == "uniform"
-            assert plan is not None, "a completed trial has a plan"
+            assert plan is not None, "what was evaluated has a plan"
             ladders = self._ladder(record.candidate.criterion, uniform)
             inside = {g for block in plan.removed for g in self._graph.blocks[block].groups}
             claims = dict.fromkeys(self._ties, 0.0)
@@ -198,7 +198,7 @@ def posterior(claims: Array, damage: Array, expected: Array) -> tuple[Array, Arr
 
 
 def _loss(record: Record) -> float:
-    assert isinstance(record.outcome, Completed), "only completed trials have losses"
+    assert isinstance(record.outcome, Completed | Stopped), "no other trials have losses"
     return record.outcome.metrics["loss"]
 
 

@@ -7,7 +7,7 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from paretoprune.criteria.ablation import penultimate_features
 from paretoprune.criteria.cka import cka_to_dense
 from paretoprune.search.layout import channels_last
-from paretoprune.search.metrics import device_of, evaluate, to_device
+from paretoprune.search.metrics import device_of, evaluate, evaluate_until, to_device
 from paretoprune.search.problem import Batch, Problem
-from paretoprune.search.record import Completed, Failed, Outcome
+from paretoprune.search.racing import dominated, estimated
+from paretoprune.search.record import Completed, Failed, Outcome, Stopped
 from paretoprune.surgery import PruningGraph, PruningPlan, Reconstructor, prune
 from paretoprune.surgery.inputs import Progress, gather_inputs
 
@@ -30,10 +31,11 @@ FINAL_IMAGES = 2000
 """Examples on which the network that is handed out is reconstructed, at most."""
 FINAL_SAMPLES = 32768
 """Output positions per layer of that reconstruction, at most."""
-Evaluate = Callable[..., Mapping[str, float]]
+Evaluate = Callable[..., Mapping[str, float] | Completed | Stopped]
 """(plan, seed) -> metrics, among them every objective and `macs`; picklable, to reach workers.
 
-Where tasks have a parent, it takes its plan as `parent`.
+Where tasks have a parent, it takes its plan as `parent`; where they have a rival, the losses of
+the rival's batches as `rival`. It may return an outcome in the place of metrics.
 """
 
 
@@ -44,20 +46,22 @@ def attempt(evaluate: Evaluate, plan: PruningPlan, seed: int) -> Outcome:
     """
     start = time.perf_counter()
     try:
-        metrics = evaluate(plan, seed)
+        measured = evaluate(plan, seed)
     except Exception as error:
         failed = Failed(one_line(error), "memory" if _out_of_memory(error) else "error")
     else:
-        return _finite(metrics, time.perf_counter() - start)
+        if not isinstance(measured, (Completed, Stopped)):
+            measured = Completed(measured, 0.0)
+        return _finite(replace(measured, seconds=time.perf_counter() - start))
     give_back_memory()  # only here, where the error no longer holds what was allocated
     return failed
 
 
-def _finite(metrics: Mapping[str, float], seconds: float) -> Outcome:
-    wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+def _finite(outcome: Completed | Stopped) -> Outcome:
+    wrong = {n: value for n, value in outcome.metrics.items() if not math.isfinite(value)}
     if wrong:
         return Failed(f"metrics must be finite, but got {wrong}.", "not finite")
-    return Completed(metrics, seconds)
+    return outcome
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -120,15 +124,36 @@ class Evaluator:
             plan: What to keep.
             seed: Seed of torch's generators; the caller's are left as they were.
         """
+        return dict(self.race(plan, seed).metrics)
+
+    def race(
+        self, plan: PruningPlan, seed: int, rival: Sequence[float] = ()
+    ) -> Completed | Stopped:
+        """Returns the same metrics, unless a rival is clearly better before all is measured.
+
+        Args:
+            plan: What to keep.
+            seed: Seed of torch's generators; the caller's are left as they were.
+            rival: Mean losses of the batches of the search split, of a plan that costs no more.
+        """
         small = channels_last(self.network(plan, seed), self._graph)
-        measured = evaluate(small, self._problem.validation, self._problem.loss)
+        measured = evaluate_until(
+            small,
+            self._problem.validation,
+            self._problem.loss,
+            lambda losses: dominated(losses, rival),
+        )
+        metrics = measured.metrics
         if self._similarity:
             inputs, dense = self._features or self._dense_features()
-            measured["cka"] = cka_to_dense(small, plan, self._graph, inputs, dense)
+            metrics["cka"] = cka_to_dense(small, plan, self._graph, inputs, dense)
         del small
         give_back_memory()
         cost = self._graph.cost(plan)
-        return {**measured, "macs": cost.macs, "params": cost.params}
+        costs = {"macs": float(cost.macs), "params": float(cost.params)}
+        if not measured.whole:
+            return Stopped({"loss": estimated(measured.losses, rival), **costs}, 0.0)
+        return Completed({**metrics, **costs}, 0.0, measured.losses)
 
     def network(self, plan: PruningPlan, seed: int, progress: Progress | None = None) -> nn.Module:
         """Returns the pruned and reconstructed network of a plan.

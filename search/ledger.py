@@ -35,11 +35,14 @@ class Task:
         plan: The plan.
         seed: Seed of the evaluation.
         parent: The plan of the network that it goes on from; None where that is the dense one.
+        rival: Mean losses of the batches of the search split, of the best plan that costs no
+            more; empty where there is none to race against.
     """
 
     plan: PruningPlan
     seed: int
     parent: PruningPlan | None = None
+    rival: tuple[float, ...] = ()
 
     @property
     def key(self) -> str:
@@ -49,7 +52,12 @@ class Task:
     def to_json(self) -> dict[str, Any]:
         """Returns the task as plain values, for JSON."""
         parent = None if self.parent is None else self.parent.to_json()
-        return {"plan": self.plan.to_json(), "seed": self.seed, "parent": parent}
+        return {
+            "plan": self.plan.to_json(),
+            "seed": self.seed,
+            "parent": parent,
+            "rival": list(self.rival),
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Task:
@@ -59,6 +67,7 @@ class Task:
             PruningPlan.from_json(data["plan"]),
             data["seed"],
             None if parent is None else PruningPlan.from_json(parent),
+            tuple(data["rival"]),
         )
 
 
@@ -79,6 +88,8 @@ class Ledger:
             return known
         if task.parent is not None:
             evaluate = partial(evaluate, parent=task.parent)
+        if task.rival:
+            evaluate = partial(evaluate, rival=task.rival)
         outcome = attempt(evaluate, task.plan, task.seed)
         with suppress(OSError):  # a full or absent disk must not cost the evaluation itself
             self.write(task.key, outcome)

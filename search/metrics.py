@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of a network on a split.
+
+    Attributes:
+        metrics: `loss` and, for a classifier, `accuracy`.
+        losses: Mean loss of every batch that was measured, in order.
+        whole: Whether that is all of them.
+    """
+
+    metrics: dict[str, float]
+    losses: tuple[float, ...]
+    whole: bool
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -67,8 +83,30 @@ def evaluate(
     Raises:
         ValueError: If there is no example.
     """
+    return evaluate_until(model, batches, loss, lambda losses: False).metrics
+
+
+def evaluate_until(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[Any, Tensor], Tensor],
+    stop: Callable[[Sequence[float]], bool],
+) -> Measured:
+    """Returns what `evaluate` does, of the batches until it is stopped.
+
+    Args:
+        model: As of `evaluate`.
+        batches: As of `evaluate`.
+        loss: As of `evaluate`.
+        stop: Asked after every batch, with the mean losses of the batches so far.
+
+    Raises:
+        ValueError: If there is no example.
+    """
     examples = labels = 0
     total = 0.0
+    losses: list[float] = []
+    whole = True
     correct: int | None = 0
     with evaluating(model), torch.no_grad():
         for inputs, targets in batches:
@@ -76,15 +114,21 @@ def evaluate(
                 continue
             outputs = forward(model, inputs)
             targets = targets.to(device_of(model))
-            total += float(loss(outputs, targets)) * len(targets)
+            losses.append(float(loss(outputs, targets)))
+            total += losses[-1] * len(targets)
             examples += len(targets)
             labels += targets.numel()
             hits = _hits(outputs, targets)
             correct = None if hits is None or correct is None else correct + hits
+            if stop(losses):
+                whole = False
+                break
     if not examples:
         raise ValueError("evaluation needs at least one example, but the split is empty.")
     metrics = {"loss": total / examples}
-    return metrics if correct is None else {**metrics, "accuracy": correct / labels}
+    if correct is not None:
+        metrics["accuracy"] = correct / labels
+    return Measured(metrics, tuple(losses), whole)
 
 
 def _hits(outputs: Any, targets: Tensor) -> int | None:

@@ -30,6 +30,28 @@ class Completed:
             `params`.
         seconds: Wall time of the evaluation; 0 where an earlier trial had the same plan, whose
             metrics it takes.
+        losses: Mean loss of every batch of the search split, for candidates to be compared with;
+            empty where it was not kept.
+    """
+
+    metrics: Mapping[str, float]
+    seconds: float
+    losses: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
+        return Completed, (dict(self.metrics), self.seconds, self.losses)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The evaluation ended early: a plan that costs no more is better beyond doubt.
+
+    Attributes:
+        metrics: An estimate of `loss` on the search split, and `macs` and `params`.
+        seconds: Wall time of the evaluation; 0 where an earlier trial had the same plan.
     """
 
     metrics: Mapping[str, float]
@@ -38,8 +60,8 @@ class Completed:
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
-        return Completed, (dict(self.metrics), self.seconds)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stopped, (dict(self.metrics), self.seconds)
 
 
 Failure = Literal["error", "memory", "not finite", "timeout", "worker"]
@@ -67,7 +89,7 @@ class Infeasible:
     reason: str
 
 
-Outcome = Completed | Failed | Infeasible
+Outcome = Completed | Stopped | Failed | Infeasible
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,13 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
                 "outcome": "completed",
                 "metrics": dict(outcome.metrics),
                 "seconds": outcome.seconds,
+                "losses": list(outcome.losses),
+            }
+        case Stopped():
+            return {
+                "outcome": "stopped",
+                "metrics": dict(outcome.metrics),
+                "seconds": outcome.seconds,
             }
         case Failed():
             return {"outcome": "failed", "error": outcome.error, "kind": outcome.kind}
@@ -125,14 +154,17 @@ def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
     try:
         match data["outcome"]:
             case "completed":
-                return Completed(metrics=data["metrics"], seconds=data["seconds"])
+                losses = data.get("losses", ())  # older: none
+                return Completed(data["metrics"], data["seconds"], tuple(losses))
+            case "stopped":
+                return Stopped(metrics=data["metrics"], seconds=data["seconds"])
             case "failed":
                 return Failed(error=data["error"], kind=data.get("kind", "error"))  # older: none
             case "infeasible":
                 return Infeasible(reason=data["reason"])
             case other:
                 raise ValueError(
-                    f"an outcome is completed, failed or infeasible, but got {other!r}."
+                    f"an outcome is completed, stopped, failed or infeasible, but got {other!r}."
                 )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not an outcome: {data!r}.") from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.evaluation import Evaluate
 from paretoprune.search.ledger import Ledger, Task, key_of
-from paretoprune.search.record import Completed, Infeasible, Outcome, Record
+from paretoprune.search.record import Completed, Infeasible, Outcome, Record, Stopped
 from paretoprune.search.space import Suggester
 from paretoprune.surgery import Cost, InfeasibleBudget, PruningPlan
 
@@ -54,8 +54,8 @@ class Decisions:
 class Searcher:
     """The trials of a search on their way from question to record.
 
-    A trial is finished when it has an outcome: completed, failed or infeasible. The search ends
-    when exactly `trials` of them are finished, those of earlier drivers included.
+    A trial is finished when it has an outcome: completed, stopped, failed or infeasible. The
+    search ends when exactly `trials` of them are finished, those of earlier drivers included.
 
     Args:
         study: Where trials come from and records go to.
@@ -63,6 +63,8 @@ class Searcher:
         trials: How many trials are to be finished in all.
         seed: Seed of every evaluation, so that equal plans have equal metrics.
         finished: Called with every new record after the study has it.
+        racing: Whether evaluations race against the best plan that costs no more MACs, which
+            takes losses by batch and no objective but loss and MACs.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Searcher:
         trials: int,
         seed: int,
         finished: Callable[[Record], None],
+        *,
+        racing: bool = False,
     ) -> None:
         self._study = study
         self._decisions = decisions
@@ -82,6 +86,8 @@ class Searcher:
         self._n_finished = len(records)
         self._known = {key_of(r.plan): r.outcome for r in records if r.plan is not None}
         self._waiting: dict[str, list[_Open]] = {}
+        self._racing = racing
+        self._rivals = [r for r in records if isinstance(r.outcome, Completed)]
 
     @property
     def done(self) -> bool:
@@ -110,8 +116,19 @@ class Searcher:
                 self._waiting[key].append(opened)
             else:
                 self._waiting[key] = [opened]
-                return Task(plan, self._seed)
+                return Task(plan, self._seed, rival=self._rival(cost))
         return None
+
+    def _rival(self, cost: Cost) -> tuple[float, ...]:
+        """Returns the losses by batch of the best plan that costs no more; empty without one."""
+        best: Completed | None = None
+        for record in self._rivals if self._racing else ():
+            outcome = record.outcome
+            assert isinstance(outcome, Completed), "only what completed is kept"
+            cheaper = outcome.metrics["macs"] <= cost.macs
+            if cheaper and (best is None or outcome.metrics["loss"] < best.metrics["loss"]):
+                best = outcome
+        return () if best is None else best.losses
 
     def tell(self, task: Task, outcome: Outcome) -> None:
         """Records the outcome of a task, for every trial that waits for it."""
@@ -124,6 +141,8 @@ class Searcher:
     def _finish(self, record: Record) -> None:
         self._study.tell(record)
         self._n_finished += 1
+        if isinstance(record.outcome, Completed):
+            self._rivals.append(record)
         self._notify(record)
 
 
@@ -143,7 +162,7 @@ class _Open:
 
 def _again(outcome: Outcome) -> Outcome:
     """Returns the outcome for another trial with the same plan, which took no time."""
-    return replace(outcome, seconds=0.0) if isinstance(outcome, Completed) else outcome
+    return replace(outcome, seconds=0.0) if isinstance(outcome, Completed | Stopped) else outcome
 
 
 class Executor(Protocol):

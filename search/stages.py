@@ -95,9 +95,10 @@ class Stages:
 
             decisions = Decisions(space.suggest, prepared.decode)
             similarity = "cka" in self.request.objectives
+            racing = set(self.request.objectives) == {"loss", "macs"}
             return Stage(
-                Searcher(self.study, decisions, count, self.seed, finished),
-                Evaluator(self._sent, prepared.graph, similarity=similarity),
+                Searcher(self.study, decisions, count, self.seed, finished, racing=racing),
+                Evaluator(self._sent, prepared.graph, similarity=similarity).race,
                 self._ledger(EVALUATIONS),
             )
 

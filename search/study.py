@@ -45,6 +45,7 @@ from paretoprune.search.record import (
     Failed,
     Infeasible,
     Record,
+    Stopped,
     attributes_of,
     outcome_from_json,
     outcome_to_json,
@@ -229,7 +230,7 @@ class Study:
         for key, value in attributes_of(record).items():
             trial.set_user_attr(key, value)
         match record.outcome:
-            case Completed(metrics=metrics):
+            case Completed(metrics=metrics) | Stopped(metrics=metrics):
                 self._constrain(trial, metrics["macs"] - self._limit)
                 self._study.tell(trial, [metrics[name] for name in self._objectives])
             case Failed():
