@@ -25,11 +25,11 @@ class Sizes:
     calibration: int = 1000
     recalibration: int = 2000
     validation: int = 4000
-    refit: int = 2000
+    refit: int = 4000
 
 
 SMALL_IMAGES = Sizes()
-LARGE_IMAGES = Sizes(calibration=512, recalibration=1024, validation=2048, refit=1024)
+LARGE_IMAGES = Sizes(calibration=512, recalibration=1024, validation=2048, refit=0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Splits:
         recalibration: Examples with the training augmentation, for BatchNorm statistics,
             class-balanced; those of `calibration` are among them.
         refit: Plain examples for the last reconstruction of a chosen network; those of
-            `calibration` come first.
+            `calibration` come first. None where memory has no room for more of them.
         validation: The search split, with the class proportions of the training set; shares no
             example with the two others.
         training: Positions of every example outside `validation`, shape (n,).
@@ -127,7 +127,7 @@ class Splits:
 
     calibration: list[Batch]
     recalibration: list[Batch]
-    refit: Batches
+    refit: Batches | None
     validation: list[Batch]
     training: Tensor
 
@@ -161,7 +161,11 @@ def split(source: Source, *, seed: int, seen: bool = False, sizes: Sizes | None 
     return Splits(
         calibration=list(Batches(source, training[: sizes.calibration], batch_size)),
         recalibration=[float32(source.read(part, generator)) for part in augmented],
-        refit=Batches(source, training[: sizes.refit], batch_size),
+        refit=(
+            Batches(source, training[: sizes.refit], batch_size)
+            if min(sizes.refit, len(training)) > sizes.calibration
+            else None
+        ),
         validation=[
             float32(source.read(part, generator if seen else None))
             for part in validation.split(batch_size)

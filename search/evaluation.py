@@ -27,9 +27,9 @@ from paretoprune.surgery.inputs import Progress, gather_inputs
 
 SIMILAR_IMAGES = 512
 """Examples on which a candidate is compared with the dense network."""
-FINAL_IMAGES = 2000
+FINAL_IMAGES = 4000
 """Examples on which the network that is handed out is reconstructed, at most."""
-FINAL_SAMPLES = 32768
+FINAL_SAMPLES = 65536
 """Output positions per layer of that reconstruction, at most."""
 Evaluate = Callable[..., Mapping[str, float] | Completed | Stopped]
 """(plan, seed) -> metrics, among them every objective and `macs`; picklable, to reach workers.
