@@ -238,7 +238,8 @@ class Everything:
             self._step = [_Open.from_json(one) for one in noted]
             self._queue = [one for one in self._step if one.number not in self._records]
             for opened in self._queue:  # a driver that died left them behind, in this order
-                assert self._study.ask().number == opened.number
+                asked = self._study.ask()
+                assert asked.number == opened.number
             if self._queue:
                 return
             self._decide()
