@@ -30,7 +30,7 @@ from paretoprune.criteria.cka import cka_to_dense
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.errors import SearchStuck
 from paretoprune.search.evaluation import Moved, give_back_memory, on_device
-from paretoprune.search.finetuning import Finetuning, train_and_keep
+from paretoprune.search.finetuning import Finetuning, forget_training, train_and_keep
 from paretoprune.search.ledger import Task, key_of
 from paretoprune.search.metrics import device_of, evaluate
 from paretoprune.search.problem import Problem
@@ -273,6 +273,7 @@ class Everything:
         opened = next(one for one in self._step if key_of(one.plan) == task.key)
         cost = self._graph.cost(opened.plan)
         record = Record(opened.number, opened.candidate, opened.plan, cost, outcome, opened.origin)
+        forget_training(self._weights, opened.plan, RECOVERED)
         self._study.tell(record)
         self._records[record.number] = record
         self._notify(record)

@@ -89,6 +89,8 @@ def train_and_keep(
 ) -> nn.Module:
     """Returns the trained network of a plan, which is among the weights then.
 
+    Until `forget_training` it can be called again, and trains nothing that was trained.
+
     Args:
         train: How to train.
         epochs: At least 1.
@@ -115,9 +117,13 @@ def train_and_keep(
     network = channels_last(network, graph)
     trained = train(network, epochs=epochs, seed=seed, checkpoint=checkpoint, progress=progress)
     weights.write(trained, plan, kind)
-    checkpoint.unlink(missing_ok=True)
-    weights.file(plan, start).unlink()
     return trained
+
+
+def forget_training(weights: Weights, plan: PruningPlan, kind: str) -> None:
+    """Deletes what a training would go on from; not before its outcome is in the ledger."""
+    weights.file(plan, f"{kind}-start").unlink(missing_ok=True)
+    weights.file(plan, kind).with_suffix(".part").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,4 +225,5 @@ class FinetuningTasks:
                 "the fine-tuned weights are on another machine; on a cluster all nodes need the "
                 "run's folder under the same path."
             )
+        forget_training(self._weights, task.plan, FINETUNED)
         self._notify(replace(self._waiting.pop(task.key), finetuned=outcome))

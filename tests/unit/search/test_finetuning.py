@@ -25,6 +25,7 @@ from paretoprune.search import (
     read_run,
     search,
 )
+from paretoprune.search import finetuning as stage
 from paretoprune.search.weights import FINETUNED, Weights
 from paretoprune.surgery import trace
 
@@ -163,6 +164,24 @@ def test_it_goes_on_where_it_was_interrupted(
     assert run(problem, tmp_path / "run", trained(problem, Interrupting)) == resumed
     left_over = {file.suffix for file in (tmp_path / "run" / "weights").iterdir()}
     assert left_over == {".safetensors", ".log", ".json"}
+
+
+def test_a_kill_after_the_last_epoch_costs_no_training(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last epoch and the outcome in the ledger the search split is measured."""
+
+    def killed(*_arguments: object) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    Interrupting.epochs_left = left = 10**9
+    with monkeypatch.context() as patched, pytest.raises(SearchInterrupted):
+        patched.setattr(stage, "evaluate", killed)
+        run(problem, tmp_path, trained(problem, Interrupting))
+    run(problem, tmp_path, trained(problem, Interrupting))
+    assert left - Interrupting.epochs_left == 6
+    assert not [*(tmp_path / "weights").glob("*.part")]
+    assert not [*(tmp_path / "weights").glob("*-start.*")]
 
 
 def test_a_training_that_diverges_costs_no_trial(problem: Problem, tmp_path: Path) -> None:
