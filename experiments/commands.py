@@ -85,6 +85,8 @@ class SearchOptions:
         names = given or DEFAULTS[self.strategy]
         for name in names:
             checks.check_name("criterion", name, CRITERIA)
+        if self.strategy == "everything":
+            checks.check_steps(names)
         checks.check_sampler(self.sampler)
         checks.check_count("--trials", self.trials, 1)
         checks.check_count("--seed", self.seed, 0)

@@ -120,6 +120,23 @@ def check_objectives(names: Sequence[str]) -> None:
         raise ValueError(f"a search has two or more different objectives, but got {list(names)}.")
 
 
+def check_steps(criteria: Iterable[str], objectives: Sequence[str] = ()) -> None:
+    """Verifies what the strategy `everything` is asked for.
+
+    Raises:
+        ValueError: If there is not just one criterion, or an objective is not measured in steps.
+    """
+    if len(names := tuple(criteria)) != 1:
+        raise ValueError(
+            f"the strategy everything takes one criterion, but got {', '.join(names)}."
+        )
+    if "cka" in objectives:
+        raise ValueError(
+            f"the strategy everything compares candidates with their parents and not with the "
+            f"dense network; cka is no objective of it, but got {list(objectives)}."
+        )
+
+
 def criteria_by_name(criteria: Sequence[str] | Mapping[str, Criterion]) -> dict[str, Criterion]:
     """Returns criteria by name; names stand for the defaults in `CRITERIA`.
 

@@ -116,6 +116,8 @@ def search(
     checks.check_sampler(sampler)
     checks.check_name("strategy", strategy, DEFAULTS)
     named = checks.criteria_by_name(DEFAULTS[strategy] if criteria is None else criteria)
+    if strategy == "everything":
+        checks.check_steps(named, objectives)
     request = Request(flops, trials, named, tuple(objectives), saliency_dir)
     checks.check_address(address, workers)
     checks.check_problem(problem)
