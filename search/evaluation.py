@@ -113,9 +113,13 @@ class Evaluator:
         self._dense: tuple[nn.Module, Reconstructor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # every worker computes its dense side itself, and reads two splits alone
-        problem = replace(self._problem, recalibration=None, refit=None, test=None)
-        return {**self.__dict__, "_problem": problem, "_dense": None, "_features": None}
+        # every worker computes its dense side itself
+        return {
+            **self.__dict__,
+            "_problem": self._problem.sent,
+            "_dense": None,
+            "_features": None,
+        }
 
     def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
         """Returns `loss` and, for a classifier, `accuracy` on the search split, `macs`, `params`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -85,3 +85,8 @@ class Problem:
     name: str = "model"
     reference: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sent(self) -> Problem:
+        """The problem as workers get it: without the splits that no evaluation reads."""
+        return replace(self, recalibration=None, refit=None, training=None, test=None)

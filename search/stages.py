@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,11 +70,6 @@ class Stages:
         """How many of the front are fine-tuned."""
         return 0 if self.finetunes is None else self.finetunes.top
 
-    @property
-    def _sent(self) -> Problem:
-        """The problem as workers need it: what trains brings its own data."""
-        return replace(self.problem, training=None, recalibration=None, refit=None, test=None)
-
     def _ledger(self, name: str) -> Ledger:
         return Ledger(self.folder.resolve() / name)
 
@@ -98,7 +93,7 @@ class Stages:
             racing = set(self.request.objectives) == {"loss", "macs"}
             return Stage(
                 Searcher(self.study, decisions, count, self.seed, finished, racing=racing),
-                Evaluator(self._sent, prepared.graph, similarity=similarity).race,
+                Evaluator(self.problem, prepared.graph, similarity=similarity).race,
                 self._ledger(EVALUATIONS),
             )
 
@@ -106,11 +101,6 @@ class Stages:
 
     def steps(self) -> tuple[SearchInfo, TrialsOf]:
         """Returns the trials of the strategy `everything`."""
-        if len(self.request.criteria) != 1:
-            raise ValueError(
-                f"the strategy everything takes one criterion, but got "
-                f"{', '.join(self.request.criteria)}."
-            )
         ((name, criterion),) = self.request.criteria.items()
         recovery = 0 if self.finetunes is None else self.finetunes.recovery
         graph, info = prepare_steps(
@@ -131,7 +121,7 @@ class Stages:
                 weights=weights,
                 finished=finished,
             )
-            evaluate = CandidateStep(self._sent, graph, weights, self.finetunes)
+            evaluate = CandidateStep(self.problem.sent, graph, weights, self.finetunes)
             return Stage(tasks, evaluate, self._ledger(EVALUATIONS), most=2)
 
         return info, stage
@@ -149,12 +139,12 @@ class Stages:
         tasks = FinetuningTasks(records, self.seed, weights, told)
         graph = trace(self.problem.model, self.problem.example_inputs)
         evaluate = FinetuningStep(
-            self._sent,
+            self.problem.sent,
             graph,
             self.finetunes,
             weights,
             tasks.kinds,
-            Evaluator(self._sent, graph),
+            Evaluator(self.problem, graph),
         )
         most = max(1, len(tasks.kinds))
         return Stage(tasks, evaluate, self._ledger(FOLDER), most=most, timed=False)

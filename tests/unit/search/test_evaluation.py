@@ -178,6 +178,12 @@ def test_workers_are_sent_no_data_that_they_do_not_read(problem: Problem) -> Non
     heavy = torch.zeros(1_000_000)
     batches = [(heavy, torch.zeros(1))]
     graph = trace(problem.model, problem.example_inputs)
-    given = replace(problem, refit=batches, recalibration=batches, test=lambda: batches)
+    given = replace(
+        problem,
+        refit=batches,
+        recalibration=batches,
+        training=batches,
+        test=lambda: batches,
+    )
     lean = pickle.dumps(Evaluator(problem, graph))
     assert len(pickle.dumps(Evaluator(given, graph))) < len(lean) + 1000
