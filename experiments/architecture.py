@@ -17,23 +17,23 @@ _WHOLE = "#e2e8f0"
 
 
 def best_widths(view: SearchView) -> dict[str, tuple[int, int]]:
-    """Returns (units kept, units of the dense network) per group of the best member of the front.
+    """Returns (units kept, units of the dense network) per group of the best that meets the target.
 
     Groups in network order; 0 kept means that the group's block is removed.
     """
-    kept = kept_units(view.front.best(), view.sizes, view.blocks)
+    kept = kept_units(view.shown, view.sizes, view.blocks)
     return {name: (kept[name], size) for name, size in view.sizes.items()}
 
 
 def title(view: SearchView) -> str:
     """Returns which network is drawn."""
-    row = next(row for row in view.front_rows if row.trial == view.front.best().number)
+    row = next(row for row in view.front_rows if row.trial == view.shown.number)
     share = format_percent(row.macs_ratio)
     return f"Units left per group: trial {row.trial}, the best, at {share} of the MACs"
 
 
 def architecture_png(view: SearchView) -> Figure:
-    """Returns the picture of the best member of the front; there must be one."""
+    """Returns the picture of the best network; there must be a front."""
     from matplotlib.patches import Patch
 
     widths = best_widths(view)

@@ -12,8 +12,7 @@ def headline(view: SearchView) -> str:
     """Returns one sentence: the best member of the front beside the dense network."""
     if not view.front_rows:
         return f"{view.name}: no completed trial yet."
-    best = view.best or view.front.best()
-    row = next(row for row in view.front_rows if row.trial == best.number)
+    row = next(row for row in view.front_rows if row.trial == view.shown.number)
     return (
         f"{view.name}: trial {row.trial} keeps {format_percent(row.macs_ratio)} of the MACs "
         f"({format_count(row.macs)} of {format_count(view.dense.macs)}){_beside(row, view)}."

@@ -61,6 +61,11 @@ class SearchView:
         fitting = self.front.leading(1, self.target)
         return self.front.best(self.target) if fitting else None
 
+    @property
+    def shown(self) -> Record:
+        """The best of the front that meets the target, else the best; there must be a front."""
+        return self.best or self.front.best()
+
     def told(self, record: Record) -> SearchView:
         """Returns the view with one more record, or with one that was fine-tuned since."""
         others = [one for one in self.records if one.number != record.number]
@@ -92,7 +97,7 @@ class SearchView:
             "target_macs": self.target,
             "trials": len(self.records),
             "completed": len(self.rows),
-            "best": self.front.best().number if self.front_rows else None,
+            "best": None if self.best is None else self.best.number,
             "front": [asdict(row) for row in self.front_rows],
         }
 

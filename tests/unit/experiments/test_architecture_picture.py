@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from paretoprune.experiments import importance
-from paretoprune.experiments.architecture import architecture_figure, best_widths
+from paretoprune.experiments.architecture import architecture_figure, best_widths, title
 from paretoprune.experiments.pictures import pictures
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Completed, Record
@@ -33,6 +33,17 @@ def test_widths_are_those_of_the_best_plan(made_up: type[MadeUp]) -> None:
     assert list(dense.x) == [4, 8, 8, 16]
     assert list(left.x) == [4, 4, 0, 16]
     assert list(dense.text) == ["4 of 4", "4 of 8", "block removed", "16 of 16"]
+
+
+def test_the_best_is_one_that_meets_the_target(made_up: type[MadeUp]) -> None:
+    """The front of the strategy `everything` begins above the target."""
+    large, small = made_up.completed(0, 0.1, 900_000), made_up.completed(1, 0.5, 300_000)
+    view = made_up.view(large, small)
+    assert title(view).startswith("Units left per group: trial 1, the best, at 30")
+    assert view.to_json()["best"] == 1
+    above = made_up.view(large)
+    assert title(above).startswith("Units left per group: trial 0")
+    assert above.to_json()["best"] is None
 
 
 def trial(made_up: type[MadeUp], number: int, *, decides: str) -> Record:
