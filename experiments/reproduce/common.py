@@ -277,14 +277,23 @@ def without_lowest(
         least: Units that every group keeps.
         each: Whether every group loses the same share; else all are ranked together.
     """
-    everywhere = torch.cat([saliency[group.name] for group in groups]).quantile(share)
+    scores = [saliency[group.name] for group in groups]
+    if each:
+        stay = [_without_lowest(one, share) for one in scores]
+    else:
+        stay = [*_without_lowest(torch.cat(scores), share).split([len(one) for one in scores])]
     kept = {}
-    for group in groups:
-        scores = saliency[group.name]
-        limit = scores.quantile(share) if each else everywhere
-        count = max(min(least, group.size), int((scores > limit).sum()))
-        kept[group.name] = tuple(scores.topk(count).indices.sort().values.tolist())
+    for group, own, staying in zip(groups, scores, stay, strict=True):
+        count = max(min(least, group.size), int(staying.sum()))
+        kept[group.name] = tuple(own.topk(count).indices.sort().values.tolist())
     return PruningPlan(kept)
+
+
+def _without_lowest(scores: Tensor, share: float) -> Tensor:
+    """Returns what stays, shape (n,); by rank, because scales that were penalised are often 0."""
+    stays = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    stays[scores.argsort(stable=True)[: round(share * len(scores))]] = False
+    return stays
 
 
 def first(batches: Iterable[Batch], examples: int) -> list[Batch]:

@@ -23,6 +23,9 @@ TITLES = {
     "sosp-bottlenecks": ("SOSP: widened where it removes little", "parameters"),
     "proscore": ("PROscore", "FLOPs"),
 }
+_APART = ("reduction", "method", "epochs", "images", "test_images", "full", "recovery",
+          "batch_size", "learning_rate", "trials", "criterion")  # fmt: skip
+"""Columns of which rows with other values are no repetitions of each other."""
 HEAD = """# Results beside the published ones
 
 Made by `python -m paretoprune.experiments.reproduce.page` from the CSVs in `experiments/results/`;
@@ -80,10 +83,8 @@ def _ours(rows: Iterable[Mapping[str, str]]) -> Iterator[tuple[float, str]]:
     """Yields a line per method, reduction and scale: the mean over its seeds, with the range."""
     groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
     for row in rows:
-        recovery = row.get("recovery", "")
-        key = (row["reduction"], row["method"], row["epochs"], row["images"], recovery)
-        groups.setdefault((*key, row["test_images"], row["full"]), []).append(row)
-    for (reduction, method, epochs, images, recovery, tested, full), own in groups.items():
+        groups.setdefault(tuple(row.get(name, "") for name in _APART), []).append(row)
+    for (reduction, method, epochs, images, tested, full, recovery, *_), own in groups.items():
         removed = own[0].get("macs_reduction") if "recovery" in own[0] else reduction
         run = f"{_total(own[0], epochs)} epochs of {int(images):,} images"
         if recovery not in ("", "0"):

@@ -13,6 +13,7 @@ from paretoprune.experiments import recipes
 from paretoprune.experiments.models import resnet110, vgg16
 from paretoprune.experiments.reproduce import everything, proscore, receding, sosp
 from paretoprune.experiments.reproduce.common import first, without_lowest
+from paretoprune.experiments.reproduce.page import page
 from paretoprune.experiments.reproduce.published import PUBLISHED
 from paretoprune.experiments.training import Training
 from paretoprune.surgery import trace
@@ -82,6 +83,11 @@ def test_units_go_by_their_number() -> None:
     assert all(len(plan.kept[g.name]) == g.size // 2 for g in graph.open_groups)
     plan = without_lowest(graph.open_groups, saliency, 1.0, least=3)
     assert {len(kept) for kept in plan.kept.values()} == {3}
+    equal = {name: torch.zeros_like(scores) for name, scores in saliency.items()}
+    plan = without_lowest(graph.open_groups, equal, 0.25, least=3, each=True)
+    assert all(len(plan.kept[g.name]) == g.size * 3 // 4 for g in graph.open_groups)
+    plan = without_lowest(graph.open_groups, saliency, 0.0, least=3)
+    assert sum(map(len, plan.kept.values())) == total
 
 
 def test_the_networks_are_the_published_ones() -> None:
@@ -94,6 +100,17 @@ def test_the_first_examples_are_exactly_so_many() -> None:
     batches = [(torch.arange(4), torch.arange(4)), (torch.arange(4), torch.arange(4))]
     assert [len(targets) for _, targets in first(batches, 6)] == [4, 2]
     assert first(batches, 0) == []
+
+
+def test_rows_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
+    columns = "network,method,reduction,seed,epochs,images,test_images,batch_size,learning_rate"
+    lines = [f"{columns},full,accuracy_before,accuracy"]
+    for seed, rate, accuracy in ((0, 0.05, 80.0), (1, 0.05, 82.0), (0, 0.01, 60.0)):
+        lines.append(f"resnet20,l1,50,{seed},1,300,120,128,{rate},False,50.0,{accuracy}")
+    (tmp_path / "proscore.csv").write_text("\n".join(lines) + "\n")
+    text = page(tmp_path)
+    assert "| 81.00 ± 1.00 (n=2) |" in text
+    assert "| 60.00 |" in text
 
 
 def test_published_rows_are_plausible() -> None:
