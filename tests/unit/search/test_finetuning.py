@@ -133,7 +133,7 @@ def run_metrics(front: ParetoFront, number: int) -> dict[str, float]:
 
 def replace_metrics(record: Record, metrics: dict[str, float]) -> Completed:
     assert isinstance(record.outcome, Completed)
-    return Completed(metrics, record.outcome.seconds)
+    return replace(record.outcome, metrics=metrics)
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 4])
@@ -175,9 +175,10 @@ def test_a_kill_after_the_last_epoch_costs_no_training(
         raise KeyboardInterrupt
 
     Interrupting.epochs_left = left = 10**9
-    with monkeypatch.context() as patched, pytest.raises(SearchInterrupted):
+    with monkeypatch.context() as patched:
         patched.setattr(stage, "evaluate", killed)
-        run(problem, tmp_path, trained(problem, Interrupting))
+        with pytest.raises(SearchInterrupted):
+            run(problem, tmp_path, trained(problem, Interrupting))
     run(problem, tmp_path, trained(problem, Interrupting))
     assert left - Interrupting.epochs_left == 6
     assert not [*(tmp_path / "weights").glob("*.part")]
