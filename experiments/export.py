@@ -20,7 +20,7 @@ from paretoprune.experiments.card import CardFacts, Measured, model_card, weight
 from paretoprune.experiments.counting import thop_macs
 from paretoprune.experiments.formats import ExportFailed, Written, count_examples, write_format
 from paretoprune.experiments.latency import Latency, conditions, measure_latency, widths
-from paretoprune.experiments.reports import REPORTS, Report
+from paretoprune.experiments.reports import REPORTS, Report, check_reports
 from paretoprune.experiments.runs import library_versions
 from paretoprune.search import Batch, Completed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
@@ -87,8 +87,8 @@ def export(
 
     The network is rebuilt as the search evaluated it and must have the record's metrics again;
     then it is reconstructed on more examples, where the problem has them. The test split is read
-    once; the written folder is loaded again and its outputs are compared
-    before it gets its name. After an error nothing is left of it.
+    at the end, and again by the report on robustness; the written folder is loaded again and its
+    outputs are compared before it gets its name. After an error nothing is left of it.
 
     Args:
         problem: The problem of the search.
@@ -102,14 +102,15 @@ def export(
         progress: Told the stages, and how far each is.
 
     Raises:
-        ValueError: If `directory` exists, the record is not a completed one, or weights that
-            were trained are missing.
+        ValueError: If `directory` exists, the record is not a completed one, a report cannot be
+            measured, or weights that were trained are missing.
         ExportFailed: If the rebuilt or a written network is not the record's, or a format cannot
             hold it.
     """
     check_destination(directory)
     if record.plan is None or not isinstance(record.outcome, Completed):
         raise ValueError(f"trial {record.number} did not complete, so there is no network of it.")
+    check_reports(reports, problem)
     progress("tracing the dense network", 0, 0)
     graph = trace(problem.model, problem.example_inputs)
     rebuilding = partial(progress, "rebuilding the network layer by layer")
@@ -271,7 +272,7 @@ def _measure(
 def _test(
     problem: Problem, dense: nn.Module, small: nn.Module
 ) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-    """Returns the metrics of both networks on the test split, which is opened here alone.
+    """Returns the metrics of both networks on the test split, which only a report opens, too.
 
     With `examples`, their number.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -11,8 +11,8 @@ from torch import nn
 
 from paretoprune.experiments.energy import check_energy, inference_energy
 from paretoprune.experiments.formats import count_examples
-from paretoprune.experiments.robustness import robustness, summary
-from paretoprune.search import Problem
+from paretoprune.experiments.robustness import images_of, robustness, summary
+from paretoprune.search import Batch, Problem
 from paretoprune.search.checks import check_name
 from paretoprune.search.saliency import Progress
 
@@ -46,12 +46,26 @@ class Report:
         return {"dense": dict(self.dense), "pruned": dict(self.pruned)}
 
 
+def check_reports(names: Sequence[str], problem: Problem) -> None:
+    """Verifies that reports can be measured of a problem; to be called before long work.
+
+    Raises:
+        ValueError: If one cannot.
+    """
+    if "robustness" in names:
+        images_of(_test_images(problem))
+
+
+def _test_images(problem: Problem) -> Iterable[Batch]:
+    if problem.test is None:
+        raise ValueError("robustness is measured on test images, but there is no test split.")
+    return problem.test()
+
+
 def _robustness(
     problem: Problem, dense: nn.Module, small: nn.Module, progress: Progress
 ) -> Report:
-    if problem.test is None:
-        raise ValueError("robustness is measured on test images, but there is no test split.")
-    batches = problem.test()
+    batches = _test_images(problem)
     before, after = (robustness(each, batches, progress=progress) for each in (dense, small))
     shown = ", ".join(
         f"{name} {100 * after[key]:.2f} % (dense {100 * before[key]:.2f} %)"

@@ -46,7 +46,7 @@ def robustness(
     Raises:
         ValueError: If the normalisation is not known.
     """
-    source, indices, size = _images(batches)
+    source, indices, size = images_of(batches)
     mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (source.mean, source.std))
 
     def pixels() -> Iterator[tuple[Tensor, Tensor]]:
@@ -75,7 +75,12 @@ def robustness(
     return found
 
 
-def _images(batches: Iterable[Batch]) -> tuple[ImageArray, Tensor, int]:
+def images_of(batches: Iterable[Batch]) -> tuple[ImageArray, Tensor, int]:
+    """Returns the source of images with known normalisation, their positions, and a batch's size.
+
+    Raises:
+        ValueError: If the normalisation is not known.
+    """
     if isinstance(batches, Batches) and isinstance(batches.source, ImageArray):
         return batches.source, batches.indices, batches.batch_size
     raise ValueError(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from paretoprune.experiments.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from paretoprune.experiments.data import load_data
+from paretoprune.experiments.export import export
 from paretoprune.experiments.models import digits_resnet
+from paretoprune.experiments.reports import check_reports
 from paretoprune.experiments.robustness import fgsm, robustness, summary
 from paretoprune.experiments.sources import ImageArray
 from paretoprune.experiments.splits import Batches, TrainingBatches
 from paretoprune.experiments.training import Training, train
-from paretoprune.search import evaluate
+from paretoprune.search import Candidate, Completed, Problem, Record, evaluate
+from paretoprune.surgery import PruningPlan
 
 
 def smooth(n: int = 4, channels: int = 3) -> torch.Tensor:
@@ -115,3 +121,24 @@ def test_a_trained_network_suffers_more_from_stronger_attacks() -> None:
     assert len(table) == 2 + 4 + len(CORRUPTIONS)
     with pytest.raises(ValueError, match="whose normalisation is known"):
         robustness(model, [(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())])
+
+
+def test_a_report_that_cannot_be_measured_is_told_before_long_work(tmp_path: Path) -> None:
+    batches = [(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())]
+    problem = Problem(digits_resnet(), batches[0][0], batches, batches, test=lambda: batches)
+    record = Record(0, Candidate("l2", 0.5), PruningPlan(), None, Completed({}, 1.0))
+    told: list[str] = []
+    for given, reason in (
+        (problem, "whose normalisation is known"),
+        (replace(problem, test=None), "there is no test split"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            export(
+                given,
+                record,
+                tmp_path / "small",
+                reports=("robustness",),
+                progress=lambda what, done, total: told.append(what),
+            )
+    assert told == []
+    check_reports(("energy",), problem)
