@@ -11,7 +11,6 @@ from pathlib import Path
 
 import typer
 from rich.table import Table
-from safetensors.torch import save_file
 
 from paretoprune.criteria import CRITERIA
 from paretoprune.experiments import runs
@@ -44,6 +43,7 @@ from paretoprune.search import search as run_search
 from paretoprune.search.loop import DEFAULTS
 from paretoprune.search.stages import EVALUATIONS
 from paretoprune.search.weights import FOLDER as WEIGHTS
+from paretoprune.search.weights import write_weights
 from paretoprune.surgery import trace
 
 DENSE_FILE = "dense.safetensors"
@@ -157,7 +157,7 @@ def search(
     folder = runs.create_run(runs_dir, name, spec)
     try:
         if spec.weights is None:
-            _keep_dense(problem, folder)
+            write_weights(problem.model, folder / DENSE_FILE)
         _search(problem, spec, folder, quiet, as_json)
     except BaseException:
         if not _has_begun(folder, spec):  # leave nothing half-made
@@ -201,12 +201,6 @@ def problem_of(spec: RunSpec, quiet: bool, folder: Path | None = None) -> Proble
         if kept and dense is not None:
             load_weights(problem.model, dense)
     return problem
-
-
-def _keep_dense(problem: Problem, folder: Path) -> None:
-    """Writes the weights of the dense network into the run's folder."""
-    state = {name: value.cpu().clone() for name, value in problem.model.state_dict().items()}
-    save_file(state, folder / DENSE_FILE)
 
 
 def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json: bool) -> None:

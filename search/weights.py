@@ -42,15 +42,8 @@ class Weights:
 
     def write(self, network: nn.Module, plan: PruningPlan, kind: str) -> None:
         """Writes the weights of the network of a plan whole or not at all."""
-        file = self.file(plan, kind)
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".draft{os.getpid()}")  # a killed driver's worker lingers
-        state = {
-            name: value.detach().cpu().contiguous().clone()
-            for name, value in network.state_dict().items()
-        }
-        save_file(state, draft)
-        draft.replace(file)
+        write_weights(network, self.file(plan, kind))
 
     def network(
         self, model: nn.Module, graph: PruningGraph, plan: PruningPlan, kind: str
@@ -75,6 +68,17 @@ class Weights:
         network = prune(model, graph, plan)
         network.load_state_dict(load_file(file))
         return network.eval()
+
+
+def write_weights(network: nn.Module, file: Path) -> None:
+    """Writes the weights of a network into a file, whole or not at all."""
+    draft = file.with_suffix(f".draft{os.getpid()}")  # a killed driver's worker lingers
+    state = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in network.state_dict().items()
+    }
+    save_file(state, draft)
+    draft.replace(file)
 
 
 def trained_weights(record: Record) -> str | None:

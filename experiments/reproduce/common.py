@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from paretoprune.experiments import models
@@ -30,6 +30,7 @@ from paretoprune.search import Problem, evaluate
 from paretoprune.search.evaluation import on_device
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Batch
+from paretoprune.search.weights import write_weights
 from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan, trace
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -239,8 +240,7 @@ class Bench:
             checkpoint=file.with_suffix(".part"),
             progress=lambda line: print(f"{file.stem}: {line}", flush=True),
         )
-        state = {key: value.cpu().contiguous() for key, value in trained.state_dict().items()}
-        save_file(state, file)
+        write_weights(trained, file)
         file.with_suffix(".part").unlink(missing_ok=True)
         return trained
 

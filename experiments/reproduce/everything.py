@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +30,10 @@ from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.reproduce.common import RESULTS, Bench, Results, Row, names, numbers
 from paretoprune.experiments.reproduce.common import parser as base_parser
 from paretoprune.experiments.training import Training
-from paretoprune.search import Finetuning, Record, search
+from paretoprune.search import Finetuning, Record, read_run, search
 from paretoprune.search.evaluation import Evaluator, Moved, on_device
 from paretoprune.search.metrics import device_of
-from paretoprune.search.weights import RECOVERED, Weights
+from paretoprune.search.weights import FINETUNED, Weights, trained_weights
 from paretoprune.surgery import InfeasibleBudget, PruningPlan
 
 EPOCHS = 200
@@ -126,8 +127,6 @@ def _searched(
     best = front.best(limit)
     spent = epochs
     if greedy:
-        from paretoprune.search import read_run
-
         spent += options.recovery * len(read_run(folder).records)
     return _found(bench, best, Weights.of_run(folder), spent)
 
@@ -135,11 +134,12 @@ def _searched(
 def _found(bench: Bench, best: Record, weights: Weights, epochs: int) -> Row:
     assert best.plan is not None
     problem, graph = bench.problem, bench.graph
-    if best.origin in ("layer", "neurons"):
-        before = weights.network(problem.model, graph, best.plan, RECOVERED)
-    else:
+    kind = trained_weights(replace(best, finetuned=None))
+    if kind is None:
         before = Evaluator(problem, graph).network(best.plan, bench.seed)
-    after = weights.network(problem.model, graph, best.plan, "finetuned")
+    else:
+        before = weights.network(problem.model, graph, best.plan, kind)
+    after = weights.network(problem.model, graph, best.plan, FINETUNED)
     return _measured(bench, best.plan, before, after, epochs)
 
 

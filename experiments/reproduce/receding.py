@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from paretoprune.criteria import CRITERIA
@@ -35,6 +35,7 @@ from paretoprune.experiments.reproduce.common import parser as base_parser
 from paretoprune.experiments.splits import TrainingBatches
 from paretoprune.search.evaluation import on_device
 from paretoprune.search.metrics import device_of
+from paretoprune.search.weights import write_weights
 from paretoprune.surgery import PruningPlan, prune
 
 EPOCHS = 160
@@ -104,7 +105,8 @@ def _trained(bench: Bench, method: str) -> nn.Module:
         checkpoint=file.with_suffix(".part"),
         progress=lambda line: print(f"receding-dense: {line}", flush=True),
     ).cpu()
-    save_file({key: value.contiguous() for key, value in trained.state_dict().items()}, file)
+    write_weights(trained, file)
+    file.with_suffix(".part").unlink(missing_ok=True)
     return trained
 
 
