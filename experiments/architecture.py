@@ -17,7 +17,7 @@ _WHOLE = "#e2e8f0"
 
 
 def best_widths(view: SearchView) -> dict[str, tuple[int, int]]:
-    """Returns (units kept, units of the dense network) per group of the best that meets the target.
+    """Returns (units kept, units of the dense network) per group of the network that is shown.
 
     Groups in network order; 0 kept means that the group's block is removed.
     """
