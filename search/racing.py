@@ -38,7 +38,10 @@ def dominated(losses: Sequence[float], rival: Sequence[float]) -> bool:
 
 
 def estimated(losses: Sequence[float], rival: Sequence[float]) -> float:
-    """Returns the loss on the whole split: the rival's, plus the mean difference so far."""
+    """Returns the loss on the whole split: the rival's, plus the mean difference so far.
+
+    All batches count alike, as they do but for the last one.
+    """
     return fmean(rival) + fmean(_differences(losses, rival))
 
 
