@@ -213,10 +213,11 @@ def problem() -> Problem:
 
 
 def test_a_real_search_and_the_error_of_a_listener(tmp_path: Path) -> None:
+    same: dict[str, Any] = {"sampler": "random"}  # others decide by what is finished so far
     with pytest.raises(RuntimeError, match=r"^no server$"):
-        search(problem(), 0.5, 6, workers=2, run_dir=tmp_path, listeners=[Broken()])
-    resumed = search(problem(), 0.5, 6, workers=0, run_dir=tmp_path)
-    whole = search(problem(), 0.5, 6, workers=0)
+        search(problem(), 0.5, 6, **same, workers=2, run_dir=tmp_path, listeners=[Broken()])
+    resumed = search(problem(), 0.5, 6, **same, workers=0, run_dir=tmp_path)
+    whole = search(problem(), 0.5, 6, **same, workers=0)
     assert resumed.records
     assert [(r.number, r.plan) for r in resumed.records] == [
         (r.number, r.plan) for r in whole.records

@@ -185,5 +185,7 @@ def test_outcomes_survive_json(outcome: Completed | Failed | Infeasible) -> None
 
 
 def test_not_an_outcome() -> None:
-    with pytest.raises(ValueError, match="completed, failed or infeasible, but got 'lost'"):
+    with pytest.raises(
+        ValueError, match="completed, stopped, failed or infeasible, but got 'lost'"
+    ):
         outcome_from_json({"outcome": "lost"})
