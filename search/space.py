@@ -316,7 +316,7 @@ def base_saliency(saliency: Mapping[str, Tensor], allocation: str) -> dict[str, 
 
 def _zero(saliency: Mapping[str, Tensor]) -> float:
     """Returns the lowest saliency where it is negative, else 0."""
-    return min(0.0, *(float(values.min()) for values in saliency.values()))
+    return min([0.0, *(float(values.min()) for values in saliency.values())])
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -168,6 +168,17 @@ def test_blocks_go_where_the_budget_needs_it() -> None:
     assert 0.99 * target < graph.cost(plan).macs <= target
 
 
+def test_a_network_that_has_only_blocks_to_lose_can_be_searched() -> None:
+    model = nn.Sequential(Fixed(), Fixed(), Fixed())
+    graph = trace(model, torch.randn(1, 1, 8, 8))
+    assert not graph.open_groups
+    blocks = tuple(graph.blocks)
+    target = graph.cost(PruningPlan(removed=blocks[:1])).macs
+    space = SearchSpace.of(graph, {"l2": {}}, target, blocks)
+    plan = space.decode(Candidate("l2", target / graph.cost().macs), graph, {"l2": {}})
+    assert plan.removed == blocks[:1]
+
+
 def test_an_unreachable_target_names_the_minimum(setting: Setting) -> None:
     graph, saliencies = setting
     with pytest.raises(InfeasibleBudget, match=r"smallest reachable is [\d,]+ MACs"):
