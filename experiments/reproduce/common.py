@@ -12,8 +12,9 @@ import argparse
 import csv
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 from paretoprune.experiments import models
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.recipes import RECIPES, build_problem
-from paretoprune.experiments.splits import TrainingBatches
+from paretoprune.experiments.reports import parse_reports
+from paretoprune.experiments.reproduce.reported import COLUMNS, energy, robust, worked
+from paretoprune.experiments.splits import Batches, TrainingBatches
 from paretoprune.experiments.training import Training, train
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.evaluation import on_device
 from paretoprune.search.metrics import device_of
-from paretoprune.search.problem import Batch
 from paretoprune.search.weights import write_weights
 from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan, trace
 
@@ -65,6 +67,9 @@ def parser(
     made.add_argument("--data", help="cifar10:DIR; by default under $PARETOPRUNE_DATA")
     made.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="for checkpoints")
     made.add_argument("--out", type=Path, help="CSV to add rows to")
+    made.add_argument(
+        "--report", type=parse_reports, default=(), help="robustness,energy of every network"
+    )
     made.set_defaults(full_epochs=epochs)
     return made
 
@@ -86,10 +91,12 @@ class Results:
     Attributes:
         file: The CSV.
         keys: Columns that tell rows apart, beside those in `SCALE`.
+        reports: What `--report` asks for.
     """
 
     file: Path
     keys: tuple[str, ...]
+    reports: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, str]]:
         """Returns the rows that are there."""
@@ -115,7 +122,8 @@ class Results:
         if self.find(row) is not None:
             return
         start = time.perf_counter()
-        whole = {**row, **measured(), "seconds": round(time.perf_counter() - start), **described()}
+        found = worked(self.reports, measured)
+        whole = {**row, **found, "seconds": round(time.perf_counter() - start), **described()}
         print(whole, flush=True)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         new = not self.file.exists()
@@ -246,9 +254,36 @@ class Bench:
 
     def accuracy(self, network: nn.Module) -> float:
         """Returns the top-1 accuracy on the test images, in percent."""
+        metrics = evaluate(on_device(network), self._tested, self.problem.loss)
+        return round(100 * metrics["accuracy"], 2)
+
+    def reported(self, small: nn.Module, dense: nn.Module | None = None) -> Row:
+        """Returns the columns of `--report`, empty where it asks for nothing.
+
+        Args:
+            small: The pruned network.
+            dense: What it came from; None takes the problem's network.
+        """
+        names, few = self.options.report, self._tested
+        before = self._dense_robust if dense is None else robust(names, dense, few)
+        found = {
+            **{f"dense_{name}": value for name, value in before.items()},
+            **robust(names, small, few),
+            **energy(names, dense or self.problem.model, small, few),
+        }
+        return {name: found[name] for name in COLUMNS}
+
+    @cached_property
+    def _dense_robust(self) -> Row:
+        return robust(self.options.report, self.problem.model, self._tested)
+
+    @cached_property
+    def _tested(self) -> Batches:
+        """The test images that are read."""
         assert self.problem.test is not None
-        few = first(self.problem.test(), self.options.test_images)
-        return round(100 * evaluate(on_device(network), few, self.problem.loss)["accuracy"], 2)
+        test = self.problem.test()
+        assert isinstance(test, Batches)
+        return replace(test, indices=test.indices[: self.options.test_images])
 
     def costs(self, plan: PruningPlan) -> Row:
         """Returns what a plan takes away."""
@@ -294,17 +329,6 @@ def _without_lowest(scores: Tensor, share: float) -> Tensor:
     stays = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     stays[scores.argsort(stable=True)[: round(share * len(scores))]] = False
     return stays
-
-
-def first(batches: Iterable[Batch], examples: int) -> list[Batch]:
-    """Returns the first so many examples."""
-    taken: list[Batch] = []
-    for inputs, targets in batches:
-        if examples <= 0:
-            break
-        taken.append((inputs[:examples], targets[:examples]))
-        examples -= len(targets)
-    return taken
 
 
 def _cifar10() -> str:

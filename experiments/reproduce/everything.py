@@ -29,6 +29,7 @@ from paretoprune.criteria.blocks import inner_units
 from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.reproduce.common import RESULTS, Bench, Results, Row, names, numbers
 from paretoprune.experiments.reproduce.common import parser as base_parser
+from paretoprune.experiments.reproduce.reported import COLUMNS
 from paretoprune.experiments.training import Training
 from paretoprune.search import Finetuning, Record, read_run, search
 from paretoprune.search.evaluation import Evaluator, Moved, on_device
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--methods", default=",".join(METHODS))
     options = made.parse_args(arguments)
     keys = ("network", "method", "reduction", "seed", "recovery", "trials", "criterion")
-    results = Results(options.out or RESULTS / "everything.csv", keys)
+    results = Results(options.out or RESULTS / "everything.csv", keys, options.report)
     for network in names(options.networks):
         for seed in (int(one) for one in numbers(options.seeds)):
             bench = Bench.of(options, network, seed)
@@ -152,6 +153,7 @@ def _measured(
         "dense_accuracy": bench.accuracy(bench.problem.model),
         "accuracy_before": bench.accuracy(before),
         "accuracy": bench.accuracy(after),
+        **bench.reported(after),
     }
 
 
@@ -168,6 +170,7 @@ def _one_shot(bench: Bench, reduction: float, epochs: int, *, layers: bool) -> R
             "dense_accuracy": dense,
             "accuracy_before": "",
             "accuracy": "unreachable",
+            **dict.fromkeys(COLUMNS, ""),
         }
     before = Evaluator(bench.problem, bench.graph).network(plan, bench.seed)
     name = f"{'layers' if layers else 'neurons'}-{reduction}-{epochs}-{bench.options.criterion}"

@@ -14,6 +14,7 @@ from statistics import mean
 
 from paretoprune.experiments.reproduce.common import RESULTS
 from paretoprune.experiments.reproduce.published import PUBLISHED, Published
+from paretoprune.experiments.robustness import EPSILONS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 TITLES = {
@@ -54,6 +55,9 @@ def page(results: Path) -> str:
         published = [row for row in PUBLISHED if row.table == table]
         if rows or published:
             parts.append(f"## {title}\n\n" + "\n".join(_table(rows, published, what)) + "\n")
+        reported = [row for row in rows if row.get("fgsm_8") or row.get("latency_ms")]
+        if reported:
+            parts.append(f"### {title}: robustness and energy\n\n{_reported(reported, what)}\n")
     return "\n".join(parts)
 
 
@@ -94,6 +98,31 @@ def _ours(rows: Iterable[Mapping[str, str]]) -> Iterator[tuple[float, str]]:
         cells = [own[0]["network"], f"{float(removed or reduction):.2f} %", f"**{method}**"]
         cells += [_spread(own, name) for name in ("accuracy_before", "accuracy")]
         yield float(reduction), f"| {' | '.join([*cells, run])} |"
+
+
+def _reported(rows: list[dict[str, str]], what: str) -> str:
+    """Returns a table of `--report`'s columns: that of the dense network → that of the row."""
+    columns = {
+        **{f"fgsm_{epsilon}": f"FGSM {epsilon}/255" for epsilon in EPSILONS},
+        "corrupted": "corrupted",
+        "latency_ms": "ms per 128 images",
+        "joules_per_1000": "J per 1,000 images",
+    }
+    lines = [
+        f"| network | {what} removed | method | {' | '.join(columns.values())} | Wh | g CO2 |",
+        f"|---|---:|---|{'---:|' * (len(columns) + 2)}",
+    ]
+    for row in rows:
+        removed = float(row.get("macs_reduction") or row["reduction"])
+        cells = [row["network"], f"{removed:.2f} %", f"**{row['method']}**"]
+        cells += [f"{row[f'dense_{name}']} → {row[name]}" for name in columns]
+        cells += [f"{1e3 * float(row['work_kwh']):.3g}" if row["work_kwh"] else ""]
+        lines.append(f"| {' | '.join([*cells, row['work_co2_grams']])} |")
+    note = (
+        "Dense network → pruned one; accuracies in percent of the row's test images. The last two "
+        "columns are what the row itself took: search, training and measuring."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _total(row: Mapping[str, str], epochs: str) -> str:

@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--methods", default=",".join(METHODS))
     options = made.parse_args(arguments)
     results = Results(
-        options.out or RESULTS / "proscore.csv", ("network", "method", "reduction", "seed")
+        options.out or RESULTS / "proscore.csv",
+        ("network", "method", "reduction", "seed"),
+        options.report,
     )
     for network in names(options.networks):
         for seed in (int(one) for one in numbers(options.seeds)):
@@ -55,6 +57,7 @@ def _measure(bench: Bench, method: str, reduction: float) -> Row:
         "dense_accuracy": bench.accuracy(problem.model),
         "accuracy_before": before,
         "accuracy": bench.accuracy(after),
+        **bench.reported(after),
     }
 
 

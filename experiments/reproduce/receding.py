@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--methods", default=",".join(METHODS))
     options = made.parse_args(arguments)
     results = Results(
-        options.out or RESULTS / "receding.csv", ("network", "method", "reduction", "seed")
+        options.out or RESULTS / "receding.csv",
+        ("network", "method", "reduction", "seed"),
+        options.report,
     )
     for network in names(options.networks):
         for seed in (int(one) for one in numbers(options.seeds)):
@@ -68,12 +70,19 @@ def _measure(bench: Bench, method: str, reduction: float) -> Row:
     accuracy = bench.accuracy(dense)
     if not reduction:
         nothing = bench.costs(PruningPlan())
-        return {**nothing, "accuracy_before": accuracy, "accuracy": accuracy}
+        same = bench.reported(dense, dense)
+        return {**nothing, "accuracy_before": accuracy, "accuracy": accuracy, **same}
     plan = _plan(bench, dense, reduction / 100, each=method == "plain")
-    small = prune(dense.cpu(), bench.graph, plan)
+    dense = dense.cpu()
+    small = prune(dense, bench.graph, plan)
     before = bench.accuracy(small)
     after = bench.train(small, f"{method}-{reduction}", rate=RATE)
-    return {**bench.costs(plan), "accuracy_before": before, "accuracy": bench.accuracy(after)}
+    return {
+        **bench.costs(plan),
+        "accuracy_before": before,
+        "accuracy": bench.accuracy(after),
+        **bench.reported(after, dense),
+    }
 
 
 def _trained(bench: Bench, method: str) -> nn.Module:

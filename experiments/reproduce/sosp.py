@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     parts = names(options.parts)
     file = options.out or RESULTS / "sosp.csv"
     keys = ("network", "method", "reduction", "seed")
-    ratios = Results(file, keys)
-    widened = Results(file.with_name(f"{file.stem}-bottlenecks.csv"), keys)
+    ratios = Results(file, keys, options.report)
+    widened = Results(file.with_name(f"{file.stem}-bottlenecks.csv"), keys, options.report)
     timed = Results(file.with_name(f"{file.stem}-time.csv"), ("network", "method", "seed"))
     for seed in (int(one) for one in numbers(options.seeds)):
         for network in names(options.networks) if {"ratios", "bottlenecks"} & {*parts} else ():
@@ -105,6 +105,7 @@ def _ratio(bench: Bench, method: str, reduction: float) -> Row:
         "dense_accuracy": bench.accuracy(problem.model),
         "accuracy_before": before,
         "accuracy": bench.accuracy(after),
+        **bench.reported(after),
     }
 
 
@@ -143,6 +144,7 @@ def _widened(bench: Bench, method: str, reduction: float) -> Row:
         "wide_accuracy": bench.accuracy(trained),
         "accuracy_before": before,
         "accuracy": bench.accuracy(after),
+        **bench.reported(after, trained),
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from paretoprune.experiments import recipes
 from paretoprune.experiments.models import resnet110, vgg16
 from paretoprune.experiments.reproduce import everything, proscore, receding, sosp
-from paretoprune.experiments.reproduce.common import first, without_lowest
+from paretoprune.experiments.reproduce.common import without_lowest
 from paretoprune.experiments.reproduce.page import page
 from paretoprune.experiments.reproduce.published import PUBLISHED
 from paretoprune.experiments.training import Training
@@ -72,6 +72,21 @@ def test_rows_are_measured_once(
     assert "epoch" not in capsys.readouterr().out.replace("'epochs", "")
 
 
+def test_robustness_and_energy_are_columns(tmp_path: Path) -> None:
+    more = ["--reductions", "40", "--methods", "l2", "--report", "robustness,energy"]
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "proscore.csv")]
+    proscore.main([*SMALL, *more, *places])
+    (row,) = rows(tmp_path / "proscore.csv")
+    for name in ("fgsm_2", "fgsm_8", "corrupted"):
+        assert 0 <= float(row[name]) <= 100
+        assert 0 < float(row[f"dense_{name}"]) <= 100
+    assert float(row["dense_fgsm_8"]) <= float(row["dense_fgsm_2"]) <= float(row["dense_accuracy"])
+    assert float(row["latency_ms"]) > 0 < float(row["dense_latency_ms"])
+    assert float(row["work_kwh"]) > 0
+    text = page(tmp_path)
+    assert f"{row['dense_corrupted']} → {row['corrupted']}" in text
+
+
 def test_units_go_by_their_number() -> None:
     model = vgg16()
     graph = trace(model, torch.randn(2, 3, 32, 32))
@@ -94,12 +109,6 @@ def test_the_networks_are_the_published_ones() -> None:
     counted = trace(vgg16(), torch.randn(2, 3, 32, 32)).cost()
     assert counted.macs == 313_201_664
     assert len(trace(resnet110(), torch.randn(2, 3, 32, 32)).blocks) == 52
-
-
-def test_the_first_examples_are_exactly_so_many() -> None:
-    batches = [(torch.arange(4), torch.arange(4)), (torch.arange(4), torch.arange(4))]
-    assert [len(targets) for _, targets in first(batches, 6)] == [4, 2]
-    assert first(batches, 0) == []
 
 
 def test_rows_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
