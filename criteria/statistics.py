@@ -1,8 +1,9 @@
 """Statistics: what one pass of gradients over the calibration data tells about every unit.
 
 Every gradient-based criterion reads its numbers here, so that they share one pass. Batches stream:
-memory is one batch's activations, the mean gradient, and a few numbers per unit. All is measured
-in eval mode, with the BatchNorm statistics of the trained network.
+memory is the activations of `_AT_ONCE` examples (with curvature several times over), the mean
+gradient, and a few numbers per unit. All is measured in eval mode, with the BatchNorm statistics
+of the trained network.
 
 Legend: n is the number of all units; theta_s the parameters with all that structure s does not
 own zeroed; g the gradient and H the Hessian of the mean loss; w one parameter.
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from paretoprune.criteria.differentiable import Outputs, leaves_of, run
 from paretoprune.criteria.units import Units
@@ -29,6 +32,7 @@ _ACTIVATIONS = {
     *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish"),
     *("hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus"),
 }
+_AT_ONCE = 32  # examples; more take more memory and, on a CPU, up to three times as long
 _ELEMENTWISE = {"dropout", "feature_dropout", "clone", "contiguous", "alias", "detach"}
 
 
@@ -114,6 +118,20 @@ class _Gathering:
         """Adds the gradients of a batch."""
         if self._outputs is None:
             self._outputs = Outputs(self._model, self._graph, inputs)
+        count = len(targets)
+        gradient: dict[str, Tensor] = {}
+        for start in range(0, count, _AT_ONCE):
+            part = targets[start : start + _AT_ONCE]
+            few = tree_map_only(Tensor, itemgetter(slice(start, start + _AT_ONCE)), inputs)
+            for name, value in self._part(self._outputs, few, part).items():
+                scaled = value * (len(part) / count)
+                gradient[name] = gradient[name].add_(scaled) if name in gradient else scaled
+        self._add_gradient(gradient, count)
+        self._examples += count
+        self._batches += 1
+
+    def _part(self, outputs: Outputs, inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        """Returns the gradient of some examples' mean loss, and adds all else about them."""
         entering: dict[str, Tensor] = {}
         leaving: dict[str, Tensor] = {}
 
@@ -134,7 +152,7 @@ class _Gathering:
                 leaving[node.name] = values[node.name]
 
         values = run(self._graph, self._tensors, inputs, before=before, after=after)
-        loss = self._loss(self._outputs(values), targets)
+        loss = self._loss(outputs(values), targets)
         del values
         names, leaves = list(self._leaves), list(self._leaves.values())
         wanted = [*leaves, *leaving.values(), *([gates] if self._taps else [])]
@@ -145,12 +163,10 @@ class _Gathering:
         known = {n: g for n, g in zip(names, gradients, strict=False) if g is not None}
         if self._curvature:
             self._add_curvature(known, gates, gradients[-1] if self._taps else None, count)
-        self._add_gradient({name: g.detach() for name, g in known.items()}, count)
         for name, gradient in zip(leaving, gradients[len(names) :], strict=False):
             if gradient is not None:
                 self._add_leak(name, entering[name], gradient.detach(), count)
-        self._examples += count
-        self._batches += 1
+        return {name: gradient.detach() for name, gradient in known.items()}
 
     def _add_gradient(self, gradients: Mapping[str, Tensor], count: int) -> None:
         for name, gradient in gradients.items():

@@ -133,6 +133,26 @@ def test_curvature_counts_weights_beside_layers_and_only_what_may_leave(build: A
     torch.testing.assert_close(torch.cat(list(found.values())), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_a_batch_of_any_size_is_measured_whole() -> None:
+    """It is cut into parts of 32, the last of which is smaller."""
+    torch.manual_seed(0)
+    model, graph, _, _ = convolutional()
+    inputs, targets = torch.randn(75, 2, 5, 5).double(), torch.arange(75) % 3
+    found = SharedCalibration([(inputs, targets)]).statistics(model, graph, curvature=True)
+    named = dict(model.named_parameters())
+    loss = F.cross_entropy(model(inputs), targets)
+    gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    assert found.examples == 75
+    for name, gradient in gradients.items():
+        assert torch.allclose(found.gradient[name], gradient, atol=1e-12)
+    pairs = list(zip(inputs.split(25), targets.split(25), strict=True))
+    thirds = SharedCalibration(pairs).statistics(model, graph, curvature=True)
+    assert found.curvature is not None
+    assert thirds.curvature is not None
+    assert torch.allclose(found.curvature, thirds.curvature, atol=1e-12)
+    assert torch.allclose(found.leaks, thirds.leaks, atol=1e-12)
+
+
 @CASES
 def test_the_second_order_estimate_misses_by_the_third_order(build: Any) -> None:
     model, graph, inputs, targets = build()
