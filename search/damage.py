@@ -31,6 +31,8 @@ from paretoprune.search.space import OFFSET, SPARED, SearchSpace, base_saliency
 from paretoprune.surgery import PruningGraph, PruningPlan
 
 Array = NDArray[np.float64]
+MUTATED = 0.5
+"""Chance that a plan is a mutation of one of the best."""
 _NOISE = 0.06  # what the model cannot explain, as a share of the spread of the losses
 _BEST = 0.5  # chance that the best trial is the parent; else the next one, and so on
 _GROUPS = 0.15  # share of the offsets that a mutation changes
@@ -46,6 +48,7 @@ class DamageModel:
         graph: The dense network's graph.
         saliencies: By criterion, by group; shape (group.size,).
         seed: Seed of every proposal.
+        mutated: Chance that a plan is a mutation; else the model draws its offsets.
     """
 
     def __init__(
@@ -54,11 +57,14 @@ class DamageModel:
         graph: PruningGraph,
         saliencies: Mapping[str, Mapping[str, Tensor]],
         seed: int,
+        *,
+        mutated: float = MUTATED,
     ) -> None:
         self._space = space
         self._graph = graph
         self._saliencies = saliencies
         self._seed = seed
+        self._mutating = mutated
         self._ties = list(dict.fromkeys(space.ties.values()))
         self._saved = {name: _saved_per_unit(graph, name) for name in space.ties}
         self._ladders: dict[tuple[str, bool], dict[str, Array]] = {}
@@ -83,7 +89,7 @@ class DamageModel:
             return {"budget": level}
         generator = np.random.default_rng([self._seed, number])
         parent = self._parent(level, done, generator)
-        if generator.random() < 0.5:
+        if generator.random() < self._mutating:
             offsets = self._mutated(parent, len(done), generator)
         else:
             offsets = np.log(self._coefficients(_like(parent, done), generator))

@@ -4,15 +4,17 @@
     python -m paretoprune.experiments.benchmarks.search parts --data cifar10:DIR --weights FILE
 
 `figures` searches for every FLOPs target with every seed (of the data splits and of the search)
-and tests three networks, each chosen by its loss on the search split, once:
+and tests four networks, each chosen by its loss on the search split, once:
 
 - `search`: the best of the search;
 - `one-shot`: the best of all criteria, ranked globally and uniformly, with the same recovery;
-- `recalibrated`: likewise, with BatchNorm recalibration as the only recovery.
+- `recalibrated`: likewise, with BatchNorm recalibration as the only recovery;
+- `fastnas`: ModelOpt's search, see `benchmarks.fastnas`, recalibrated on the same images.
 
 `parts` gives the whole search and searches that lack one part, or have another sampler, equally
 many trials at one target, and writes how the best loss and the hypervolume (of loss and MACs)
-grow with trials and time. Nothing is tested there.
+grow with trials and time; `one-shot` are the plans that a search begins with, and no others.
+Nothing is tested there.
 
 Both go on where they were stopped: rows that are in the CSV are not measured again.
 """
@@ -23,17 +25,20 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from types import MappingProxyType
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import nn
 
 from paretoprune.criteria import CRITERIA, select
 from paretoprune.experiments.benchmarks.device import described
-from paretoprune.experiments.benchmarks.rows import append, has
+from paretoprune.experiments.benchmarks.fastnas import fastnas
+from paretoprune.experiments.benchmarks.rows import append, has, read
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.search import (
     Completed,
@@ -44,7 +49,7 @@ from paretoprune.search import (
     evaluate,
     search,
 )
-from paretoprune.search.damage import DamageModel
+from paretoprune.search.damage import MUTATED, DamageModel
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.ledger import Ledger
 from paretoprune.search.loop import JOURNAL
@@ -72,24 +77,48 @@ def _whole(space: SearchSpace) -> SearchSpace:
     return space
 
 
-PARTS: Mapping[str, tuple[str, Change, bool]] = MappingProxyType(
+@dataclass(frozen=True)
+class Variant:
+    """A search without one of its parts, or with another sampler.
+
+    Attributes:
+        sampler: By name.
+        change: Of the space.
+        seeds: Whether it begins with one-shot plans.
+        only: Whether it ends with them.
+        racing: Whether dominated candidates stop early.
+        mutated: Chance that the damage model mutates a plan instead of drawing one.
+    """
+
+    sampler: str = "damage"
+    change: Change = _whole
+    seeds: bool = True
+    only: bool = False
+    racing: bool = True
+    mutated: float = MUTATED
+
+
+PARTS: Mapping[str, Variant] = MappingProxyType(
     {
-        "search": ("damage", _whole, True),
-        "without seeds": ("damage", _whole, False),
-        "without offsets": ("random", lambda space: replace(space, ties={}), True),
-        "without blocks": (
-            "damage",
-            lambda space: replace(space, most_removed=0, block_saliencies={}),
-            True,
+        "search": Variant(),
+        "without racing": Variant(racing=False),
+        "without seeds": Variant(seeds=False),
+        "without sparing streams": Variant(change=lambda space: replace(space, streams=())),
+        "without offsets": Variant("random", lambda space: replace(space, ties={})),
+        "without blocks": Variant(
+            change=lambda space: replace(space, most_removed=0, block_saliencies={})
         ),
-        "tpe": ("tpe", _whole, True),
-        "nsga2": ("nsga2", _whole, True),
-        "gp": ("gp", _whole, True),
-        "random": ("random", _whole, True),
-        "random without seeds": ("random", _whole, False),
+        "without mutations": Variant(mutated=0.0),
+        "mutations alone": Variant(mutated=1.0),
+        "tpe": Variant("tpe"),
+        "nsga2": Variant("nsga2"),
+        "gp": Variant("gp"),
+        "random": Variant("random"),
+        "random without seeds": Variant("random", seeds=False),
+        "one-shot": Variant(only=True),
     }
 )
-"""Variants of the search: sampler, space, and whether it begins with one-shot plans."""
+"""What `parts` compares."""
 
 
 def main() -> None:
@@ -125,6 +154,8 @@ def main() -> None:
                 if not has(out, this):
                     grown = parts(problem, flops, options.trials, seed, options.cache, variant)
                     append(out, [{**this, **row, **described()} for row in grown])
+    if options.what == "parts":
+        draw(read(out), out.with_suffix(".png"))
 
 
 def searched(problem: Problem, flops: float, trials: int, seed: int, cache: Path) -> Row:
@@ -164,8 +195,34 @@ def recalibrated(problem: Problem, flops: float, trials: int, seed: int, cache: 
     return best_plan(problem, graph, flops, build, build)
 
 
+def by_fastnas(problem: Problem, flops: float, trials: int, seed: int, cache: Path) -> Row:
+    """Returns the row of the network of ModelOpt's FastNAS, recalibrated."""
+    assert problem.test is not None, "CIFAR-10 has a test split"
+    found, seconds = fastnas(problem, flops, cache.parent / f"fastnas-{problem.name}-{seed}.pth")
+    network = recalibrate(found, problem.recalibration or problem.calibration)
+    dense = trace(problem.model, problem.example_inputs).cost()
+    small = trace(network, problem.example_inputs).cost()
+    split = evaluate(network, problem.validation, problem.loss)
+    return {
+        "chosen": "FastNAS",
+        "macs_ratio": round(small.macs / dense.macs, 4),
+        "params_ratio": round(small.params / dense.params, 4),
+        "removed_blocks": 0,
+        "search_loss": round(split["loss"], 4),
+        "search_accuracy": round(split["accuracy"], 4),
+        "test_accuracy": round(evaluate(network, problem.test(), problem.loss)["accuracy"], 4),
+        "candidates": "",
+        "seconds": round(seconds),
+    }
+
+
 METHODS: Mapping[str, Callable[[Problem, float, int, int, Path], Row]] = MappingProxyType(
-    {"search": searched, "one-shot": one_shot, "recalibrated": recalibrated}
+    {
+        "search": searched,
+        "one-shot": one_shot,
+        "recalibrated": recalibrated,
+        "fastnas": by_fastnas,
+    }
 )
 
 
@@ -231,26 +288,29 @@ def parts(
     problem: Problem, flops: float, trials: int, seed: int, saliency_dir: Path, variant: str
 ) -> Iterator[Row]:
     """Yields, for growing numbers of trials, what a variant of the search has found."""
-    sampler, change, seeded = PARTS[variant]
+    part = PARTS[variant]
     names = ("obs", "obs_per_mac", "taylor")
     request = Request(
         flops, trials, {n: CRITERIA[n]() for n in names}, ("loss", "macs"), saliency_dir
     )
     with tempfile.TemporaryDirectory() as folder:
         study = Study(
-            Path(folder) / JOURNAL, request.objectives, sampler=sampler, seed=seed, trials=trials
+            Path(folder) / JOURNAL,
+            request.objectives,
+            sampler=part.sampler,
+            seed=seed,
+            trials=trials,
         )
         try:
             prepared = prepare(problem, request, Path(folder), study)
-            prepared = replace(prepared, space=change(prepared.space))
-            timed = run(problem, prepared, study, sampler, seeded, trials, seed, Path(folder))
+            prepared = replace(prepared, space=part.change(prepared.space))
+            timed = run(problem, prepared, study, part, trials, seed, Path(folder))
         finally:
             study.close()
     dense = prepared.graph.cost().macs
     records = [record for record, _ in timed]
-    for count in SHOWN:
-        if count > len(timed):
-            return
+    shown = [count for count in SHOWN if count < len(timed)]
+    for count in [*shown, len(timed)]:
         front = ParetoFront.of(records[:count], prepared.info.objectives)
         losses = [
             record.outcome.metrics["loss"]
@@ -270,8 +330,7 @@ def run(
     problem: Problem,
     prepared: Prepared,
     study: Study,
-    sampler: str,
-    seeded: bool,
+    part: Variant,
     trials: int,
     seed: int,
     folder: Path,
@@ -287,13 +346,43 @@ def run(
 
     space = prepared.space
     decide = space.fixed
-    if sampler == "damage":
-        model = DamageModel(space, prepared.graph, prepared.saliencies, seed)
+    if part.sampler == "damage":
+        model = DamageModel(space, prepared.graph, prepared.saliencies, seed, mutated=part.mutated)
         decide = partial(model, history)
-    study.begin(space.seeds(trials) if seeded else [], prepared.info.target, decide)
-    searcher = Searcher(study, Decisions(space.suggest, prepared.decode), trials, seed, finished)
+    seeds = space.seeds(3 * trials if part.only else trials)[:trials] if part.seeds else []
+    study.begin(seeds, prepared.info.target, decide)
+    searcher = Searcher(
+        study,
+        Decisions(space.suggest, prepared.decode),
+        len(seeds) if part.only else trials,
+        seed,
+        finished,
+        racing=part.racing,
+    )
     RayWorkers()(searcher, Evaluator(problem, prepared.graph), Ledger(folder / "evals"))
     return timed
+
+
+def draw(rows: list[dict[str, str]], file: Path) -> None:
+    """Draws the hypervolume over wall time, as the mean over seeds."""
+    grown: dict[str, dict[int, list[dict[str, str]]]] = {}
+    for row in rows:
+        grown.setdefault(row["variant"], {}).setdefault(int(row["trials"]), []).append(row)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for variant, by_count in grown.items():
+        most = max(len(own) for own in by_count.values())
+        points = sorted(
+            tuple(mean(float(row[name]) for row in own) for name in ("seconds", "hypervolume"))
+            for own in by_count.values()
+            if len(own) == most
+        )
+        style = "-" if variant == "search" else "--"
+        axes.plot(*zip(*points, strict=True), style, marker=".", label=variant)
+    axes.set_xlabel("seconds of evaluation (mean over seeds)")
+    axes.set_ylabel("hypervolume of loss and MACs, shares of their references")
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":
