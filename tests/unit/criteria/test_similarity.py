@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise, permutations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +21,9 @@ from paretoprune.criteria.similarity import (
     SIMILARITIES,
     Response,
     cka,
+    gaussian_shape,
     kl_divergence,
+    permutation_angle,
     shape_angle,
 )
 from paretoprune.surgery import PruningPlan, prune, trace
@@ -114,6 +119,117 @@ def test_procrustes_angle_is_the_least_over_rotations() -> None:
         turned = y @ rotation(6)
         cosine = (x * turned).sum() / (x.norm() * turned.norm())
         assert best <= cosine.arccos().item() + 1e-9
+
+
+def test_shape_angles_of_wide_features_are_those_of_their_coordinates() -> None:
+    x, y = torch.randn(2, 12, 5).double()
+    embedding = torch.linalg.qr(torch.randn(30, 5).double()).Q.T
+    for whitened in (False, True):
+        narrow = shape_angle(x, y, whitened=whitened)
+        assert shape_angle(x, y @ embedding, whitened=whitened) == pytest.approx(narrow.item())
+
+
+def test_the_permutation_angle_ignores_the_order_of_neurons_but_no_rotation() -> None:
+    x, _ = features()
+    assert permutation_angle(x, 2 * x[:, torch.randperm(6)] + 1) < 1e-6
+    turned = x @ rotation(6)
+    assert permutation_angle(x, turned) > 0.1
+    assert shape_angle(x, turned, whitened=False) <= permutation_angle(x, turned)
+
+
+def test_the_permutation_angle_is_the_least_over_all_permutations() -> None:
+    x, y = (each - each.mean(0) for each in torch.randn(2, 30, 4).double())
+    cosines = [
+        (x * y[:, list(order)]).sum() / (x.norm() * y.norm()) for order in permutations(range(4))
+    ]
+    expected = min(cosine.arccos().item() for cosine in cosines)
+    assert permutation_angle(x, y).item() == pytest.approx(expected)
+
+
+SIZES = [(40, 5), (12, 20)]  # narrower and wider than there are examples
+
+
+def classes(m: int, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns two sets of features and three classes of unequal size, one of them a single one."""
+    targets = torch.tensor([7, *[2, 2, 4] * m])[:m]
+    x = torch.randn(m, p).double() + 2 * torch.randn(8, p).double()[targets]
+    return x, torch.tanh(x + 0.5 * torch.randn(m, p).double()), targets
+
+
+def wasserstein(x: Tensor, y: Tensor, targets: Tensor, alpha: int) -> float:
+    """Returns the distance without an alignment, by means and covariances of every class."""
+    squares = []
+    for label in targets.unique():
+        a, b = (each[targets == label].numpy() for each in (x, y))
+        first, second = (np.atleast_2d(np.cov(each.T, bias=True)) for each in (a, b))
+        little = 1e-12 * np.eye(len(first))  # a class of few examples has a singular covariance
+        root = np.real(sqrtm(first + little))
+        bures = np.trace(first + second - 2 * np.real(sqrtm(root @ second @ root + little)))
+        squares.append(alpha * ((a.mean(0) - b.mean(0)) ** 2).sum() + (2 - alpha) * bures)
+    return float(np.sqrt(max(0.0, np.mean(squares))))
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 2])
+@pytest.mark.parametrize(("m", "p"), SIZES)
+def test_the_gaussian_shape_distance_starts_at_the_closed_form(m: int, p: int, alpha: int) -> None:
+    x, y, targets = classes(m, p)
+    found = gaussian_shape(x, y, targets, alpha=alpha, rounds=0).item()
+    assert found == pytest.approx(wasserstein(x, y, targets, alpha), rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 2])
+@pytest.mark.parametrize(("m", "p"), SIZES)
+def test_every_round_shortens_the_gaussian_shape_distance(m: int, p: int, alpha: int) -> None:
+    x, y, targets = classes(m, p)
+    found = [gaussian_shape(x, y, targets, alpha=alpha, rounds=r).item() for r in range(6)]
+    assert all(after <= before + 1e-9 for before, after in pairwise(found))
+    assert found[-1] < 0.99 * found[0]
+
+
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_no_rotation_of_one_gaussian_is_better_than_the_one_found(alpha: int) -> None:
+    x, y, _ = classes(40, 4)
+    one = torch.zeros(40, dtype=torch.long)
+    found = gaussian_shape(x, y, one, alpha=alpha, rounds=200).item()
+    tried = [wasserstein(x, y @ rotation(4), one, alpha) for _ in range(300)]
+    assert found <= min(tried) + 1e-6
+    if alpha == 0:  # the best rotation aligns the principal axes
+        roots = [np.linalg.eigvalsh(np.cov(each.T.numpy(), bias=True)) ** 0.5 for each in (x, y)]
+        expected = math.sqrt(2) * np.linalg.norm(roots[0] - roots[1])
+        assert found == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(("m", "p"), SIZES)
+def test_gaussian_shape_distances_ignore_one_rotation_and_nothing_else(m: int, p: int) -> None:
+    x, _, targets = classes(m, p)
+    labels = targets.unique()
+    once = x @ rotation(p)
+    each = torch.zeros_like(x)
+    for label in labels:
+        each[targets == label] = x[targets == label] @ rotation(p)
+    assert gaussian_shape(x, once, targets, alpha=2) < 1e-6
+    for alpha in (0, 1):
+        near = x @ torch.matrix_exp(0.02 * (skew := torch.randn(p, p).double()) - 0.02 * skew.T)
+        start = gaussian_shape(x, near, targets, alpha=alpha, rounds=0)
+        assert gaussian_shape(x, near, targets, alpha=alpha, rounds=500) < 0.02 * start
+        for other in (each, 2 * x):
+            assert gaussian_shape(x, other, targets, alpha=alpha) > 0.1
+    shifted = x + 3 * torch.randn(8, p).double()[targets]
+    assert gaussian_shape(x, shifted, targets, alpha=0) < 1e-6
+    assert gaussian_shape(x, shifted, targets, alpha=1) > 0.1
+    order = torch.randperm(m)
+    assert gaussian_shape(x, each, targets, alpha=1) == pytest.approx(
+        gaussian_shape(x[order], each[order], targets[order], alpha=1).item()
+    )
+
+
+@pytest.mark.parametrize("targets", [torch.randn(20), torch.zeros(20, 3, 3, dtype=torch.long)])
+def test_without_class_labels_every_example_is_a_class(targets: Tensor) -> None:
+    x, y = torch.randn(2, 20, 5).double()
+    assert gaussian_shape(x, y, targets, alpha=0) == 0
+    aligned = y @ torch.linalg.svd(y.T @ x)[0] @ torch.linalg.svd(y.T @ x)[2]
+    expected = (x - aligned).square().sum(1).mean().sqrt()
+    torch.testing.assert_close(gaussian_shape(x, y, targets, alpha=1), expected)
 
 
 def test_kl_is_of_the_changed_predictions_from_the_dense_ones() -> None:
@@ -222,6 +338,7 @@ def test_one_pass_serves_all_measures_and_images_bound_it() -> None:
 
 
 def test_consensus_is_the_rank_sum() -> None:
+    assert len(SIMILARITIES) == 8
     model, graph = traced("residual")
     shared = SharedCalibration([batch("residual")])
     saliency = CRITERIA["consensus"]()(model, graph, shared)
