@@ -270,16 +270,33 @@ def _origin(facts: CardFacts) -> str:
         NEURONS: "a step of the strategy `everything` that removed neurons",
     }
     origin = origins.get(record.origin, "found by the search")
-    epochs = record.finetuned_metrics.get("epochs")
-    trained = "without training" if epochs is None else f"then fine-tuned for {epochs:.0f} epochs"
-    if epochs is None and record.origin in (LAYER, NEURONS):
+    trained = "without training"
+    if record.origin in (LAYER, NEURONS):
         trained = "and trained where the search was given epochs for it"
+    if record.finetuning_taken:
+        trained = f"then fine-tuned for {record.finetuned_metrics['epochs']:.0f} epochs"
+    elif record.finetuned_metrics:
+        trained += f"; {_not_taken(record)}"
     versions = ", ".join(f"{name} {number}" for name, number in facts.libraries.items())
     return (
         f"Trial {record.number}{run}, {origin}: units ranked by `{candidate.criterion}`, "
         f"{candidate.allocation} allocation, residual blocks removed: {removed}. The weights were "
         f"then reconstructed by least squares on calibration data, {trained}.\n\n"
         f"Versions: {versions}."
+    )
+
+
+def _not_taken(record: Record) -> str:
+    """Returns why the fine-tuned network of a record is not the one that is exported."""
+    before, after = record.handed_out, record.finetuned_metrics
+    changes = [
+        f"{name} {before[name]:.4f} to {after[name]:.4f}"
+        for name in ("loss", "accuracy")
+        if name in before and name in after
+    ]
+    return (
+        f"fine-tuning for {after['epochs']:.0f} epochs took it from {' and from '.join(changes)} "
+        f"on the search split, which is worse, so its weights were not taken"
     )
 
 

@@ -26,7 +26,7 @@ from paretoprune.search import Batch, Completed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.metrics import evaluate, forward
 from paretoprune.search.saliency import Progress, silent
-from paretoprune.search.weights import Weights, trained_weights
+from paretoprune.search.weights import FINETUNED, Weights, trained_weights
 from paretoprune.surgery import (
     Cost,
     PruningGraph,
@@ -94,7 +94,8 @@ def export(
         problem: The problem of the search.
         record: A completed record.
         directory: The new folder.
-        weights: Of the run, where networks were trained in it; they are taken as they are.
+        weights: Of the run, where networks were trained in it; they are taken as they are, those
+            of a fine-tuning only where it came out no worse than it began.
         formats: What to write beside safetensors: names of `FORMATS`.
         reports: What to measure beyond accuracy, cost and latency: names of `REPORTS`.
         run: Name of the run, for the card.
@@ -117,11 +118,11 @@ def export(
     evaluator = Evaluator(problem, graph)
     kind = trained_weights(record)
     rebuilt = _network(problem, evaluator, graph, record, weights, seed, rebuilding)
-    expected = record.finetuned_metrics or record.outcome.metrics
+    expected = record.finetuned_metrics if kind == FINETUNED else record.outcome.metrics
     _check_metrics(record, expected, evaluate(rebuilt, problem.validation, problem.loss))
     if problem.refit is not None and kind is None:
         progress("reconstructing it on more examples", 0, 0)
-    small = evaluator.final(record.plan, seed) if kind is None else rebuilt
+    small = evaluator.refitted(rebuilt, record.plan) if kind is None else rebuilt
     search_metrics = evaluate(small, problem.validation, problem.loss)
     dense, small = copy.deepcopy(problem.model).cpu().eval(), small.cpu().eval()
     inputs, _ = next(iter(problem.validation))

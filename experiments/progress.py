@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paretoprune.experiments.stages import Stages, clock_time
-from paretoprune.experiments.tables import Row, front_table
+from paretoprune.experiments.tables import Row, front_table, handed_out_accuracy
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import (
@@ -176,7 +176,8 @@ class SearchProgress:
             case Failed(error=error):
                 parts.append(f"fine-tuning of trial {record.number} failed: {error}")
             case Completed():
-                parts.append(f"trial {record.number} is fine-tuned")
+                worse = "" if record.finetuning_taken else ", but worse than before: not taken"
+                parts.append(f"trial {record.number} is fine-tuned{worse}")
         best = _best_row(view)
         if best is not None:
             parts.append(f"best trial {best.trial}: {_result(best)}")
@@ -231,10 +232,9 @@ def _best_row(view: SearchView) -> Row | None:
 
 
 def _result(row: Row) -> str:
-    if row.finetuned_accuracy is not None:
-        quality = f"accuracy {format_percent(row.finetuned_accuracy, 2)} after fine-tuning"
-    elif row.accuracy is not None:
-        quality = f"accuracy {format_percent(row.accuracy, 2)}"
+    accuracy, words = handed_out_accuracy(row)
+    if accuracy is not None:
+        quality = f"accuracy {format_percent(accuracy, 2)}{words}"
     else:
         quality = f"loss {row.loss:.4f}"
     return f"{quality} at {format_percent(row.macs_ratio)} of the MACs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paretoprune.experiments.tables import Row, pruning_ratios
+from paretoprune.experiments.tables import Row, handed_out_accuracy, pruning_ratios
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Failed, Infeasible, Stopped
@@ -21,11 +21,9 @@ def headline(view: SearchView) -> str:
 
 def _beside(row: Row, view: SearchView) -> str:
     dense = view.dense_metrics
-    if row.finetuned_accuracy is not None and "accuracy" in dense:
-        accuracy = f"accuracy {format_percent(row.finetuned_accuracy, 2)} on the search split"
-        return f", {accuracy} after fine-tuning (dense {format_percent(dense['accuracy'], 2)})"
-    if row.accuracy is not None and "accuracy" in dense:
-        accuracy = f"accuracy {format_percent(row.accuracy, 2)} on the search split"
+    best, words = handed_out_accuracy(row)
+    if best is not None and "accuracy" in dense:
+        accuracy = f"accuracy {format_percent(best, 2)} on the search split{words}"
         return f", {accuracy} (dense {format_percent(dense['accuracy'], 2)})"
     if row.loss is not None and "loss" in dense:
         return f", loss {row.loss:.4f} on the search split (dense {dense['loss']:.4f})"

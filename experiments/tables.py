@@ -36,6 +36,10 @@ class Row:
         on_front: Whether no other trial dominates it.
         finetuned_loss: Loss after fine-tuning; None without one.
         finetuned_accuracy: Accuracy after fine-tuning; None without one.
+        finetuned_loss_before: Loss of the network that fine-tuning began with, which would be
+            handed out without it; None without one.
+        finetuned_accuracy_before: Its accuracy; None likewise.
+        finetuning_taken: Whether the fine-tuned network is no worse and handed out; None without.
     """
 
     trial: int
@@ -52,6 +56,9 @@ class Row:
     on_front: bool
     finetuned_loss: float | None = None
     finetuned_accuracy: float | None = None
+    finetuned_loss_before: float | None = None
+    finetuned_accuracy_before: float | None = None
+    finetuning_taken: bool | None = None
 
 
 def rows_of(records: Iterable[Record], front: ParetoFront, dense: Cost) -> list[Row]:
@@ -71,7 +78,7 @@ def rows_of(records: Iterable[Record], front: ParetoFront, dense: Cost) -> list[
 
 
 def _row(record: Record, outcome: Completed, dense: Cost, on_front: bool) -> Row:
-    metrics = outcome.metrics
+    metrics, after = outcome.metrics, record.finetuned_metrics
     return Row(
         trial=record.number,
         macs=int(metrics["macs"]),
@@ -85,8 +92,11 @@ def _row(record: Record, outcome: Completed, dense: Cost, on_front: bool) -> Row
         origin=record.origin,
         seconds=outcome.seconds,
         on_front=on_front,
-        finetuned_loss=record.finetuned_metrics.get("loss"),
-        finetuned_accuracy=record.finetuned_metrics.get("accuracy"),
+        finetuned_loss=after.get("loss"),
+        finetuned_accuracy=after.get("accuracy"),
+        finetuned_loss_before=after.get("loss_before"),
+        finetuned_accuracy_before=after.get("accuracy_before"),
+        finetuning_taken=record.finetuning_taken if after else None,
     )
 
 
@@ -189,9 +199,33 @@ def kept_units(
     }
 
 
+def handed_out_accuracy(row: Row) -> tuple[float | None, str]:
+    """Returns the accuracy of the network that is handed out, and what it is in words.
+
+    The words are empty where it was not fine-tuned. None where accuracy was not measured.
+    """
+    if row.finetuning_taken is None:
+        return row.accuracy, ""
+    if row.finetuning_taken:
+        return row.finetuned_accuracy, " after fine-tuning"
+    return _before(row)[1], " before fine-tuning, which made it worse"
+
+
+def _before(row: Row) -> tuple[float | None, float | None]:
+    """Returns loss and accuracy that fine-tuning began with; older runs began with the trial's."""
+    if row.finetuned_loss_before is None:
+        return row.loss, row.accuracy
+    return row.finetuned_loss_before, row.finetuned_accuracy_before
+
+
 def _finetuned(row: Row) -> str:
-    loss, accuracy = _quality(row.finetuned_loss, row.finetuned_accuracy)
-    return loss if row.finetuned_accuracy is None else accuracy
+    """Returns accuracy, or loss, after fine-tuning and below it the one before."""
+    if row.finetuning_taken is None:
+        return "–"
+    at = 0 if row.finetuned_accuracy is None else 1
+    after = _quality(row.finetuned_loss, row.finetuned_accuracy)[at]
+    worse = "" if row.finetuning_taken else ", not taken"
+    return f"{after}{worse}\nfrom {_quality(*_before(row))[at]}"
 
 
 def pruning_ratios(

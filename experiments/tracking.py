@@ -146,8 +146,8 @@ class SearchRuns:
         for record in view.records:
             run = self._children.get(record.number)
             told = run is not None and run.info.status != "RUNNING"  # a crash before the log
-            finetuned = run is not None and run.data.tags.get("finetuned") is not None
-            if not told or (record.finetuned is not None and not finetuned):
+            trained = None if run is None else run.data.tags.get("finetuned")
+            if not told or trained != tags_of(record).get("finetuned"):
                 self.add(record, view)
         self.mark(view.front)
         history = self._client.get_metric_history(self._parent, "hypervolume")

@@ -36,10 +36,14 @@ def tags_of(record: Record) -> dict[str, str]:
         "criterion": record.candidate.criterion,
         "origin": record.origin,
     }
-    if record.finetuned is not None:
-        tags["finetuned"] = type(record.finetuned).__name__.lower()
-    if isinstance(record.finetuned, Failed):
-        tags["finetuning_reason"] = record.finetuned.error
+    match record.finetuned:  # the reason is empty where one of an earlier attempt may be there
+        case Failed(error=error):
+            tags |= {"finetuned": "failed", "finetuning_reason": error}
+        case Completed() if record.finetuning_taken:
+            tags |= {"finetuned": "taken", "finetuning_reason": ""}
+        case Completed():
+            worse = "it came out worse than it began, so the network before it is exported"
+            tags |= {"finetuned": "worse", "finetuning_reason": worse}
     if isinstance(record.outcome, Failed):
         tags["reason"] = record.outcome.error
     if isinstance(record.outcome, Infeasible):

@@ -173,16 +173,24 @@ class Evaluator:
             return reconstruct(prune(model, self._graph, plan), plan, progress=progress)
 
     def final(self, plan: PruningPlan, seed: int) -> nn.Module:
-        """Returns the network of a plan as it is handed out.
-
-        That is `network`, or the same reconstructed on the examples of `problem.refit`, which is
-        slower: whichever has the lower loss on the search split.
+        """Returns the network of a plan as it is handed out: `refitted` of its `network`.
 
         Args:
             plan: What to keep.
             seed: Seed of torch's generators; the caller's are left as they were.
         """
-        candidate = self.network(plan, seed)
+        return self.refitted(self.network(plan, seed), plan)
+
+    def refitted(self, candidate: nn.Module, plan: PruningPlan) -> nn.Module:
+        """Returns a candidate as it is handed out.
+
+        That is the candidate, or its plan reconstructed on the examples of `problem.refit`, which
+        is slower: whichever has the lower loss on the search split.
+
+        Args:
+            candidate: The `network` of the plan.
+            plan: What it keeps.
+        """
         if self._problem.refit is None:
             return candidate
         model, _ = self._dense or self._prepare()

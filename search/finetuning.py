@@ -16,11 +16,12 @@ from typing import Protocol
 from torch import nn
 
 from paretoprune.search.evaluation import Evaluator, on_device
+from paretoprune.search.front import no_worse
 from paretoprune.search.layout import channels_last
-from paretoprune.search.ledger import Task
+from paretoprune.search.ledger import Ledger, Task, key_of
 from paretoprune.search.metrics import evaluate
-from paretoprune.search.problem import Problem
-from paretoprune.search.record import Completed, Failed, Outcome, Record
+from paretoprune.search.problem import Objective, Problem
+from paretoprune.search.record import BEFORE, TAKEN, Completed, Failed, Outcome, Record
 from paretoprune.search.weights import FINETUNED, Weights, trained_weights
 from paretoprune.surgery import PruningGraph, PruningPlan
 
@@ -102,11 +103,10 @@ def train_and_keep(
         weights: Keeps where training began, its checkpoint, its log, and its result.
         kind: Name of the result.
     """
-    start = f"{kind}-start"
-    if not weights.file(plan, start).exists():
-        weights.write(begin(), plan, start)
+    if not weights.file(plan, _start(kind)).exists():
+        weights.write(begin(), plan, _start(kind))
     # read back even the first time: a resumed training must begin at the same bits and layout
-    network = on_device(weights.network(problem.model, graph, plan, start))
+    network = _begun(problem, graph, plan, weights, kind)
     checkpoint = weights.file(plan, kind).with_suffix(".part")
     log = weights.file(plan, kind).with_suffix(".log")
 
@@ -114,15 +114,27 @@ def train_and_keep(
         with log.open("a") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    network = channels_last(network, graph)
     trained = train(network, epochs=epochs, seed=seed, checkpoint=checkpoint, progress=progress)
     weights.write(trained, plan, kind)
     return trained
 
 
+def _start(kind: str) -> str:
+    """Returns the kind of the weights that a training began at."""
+    return f"{kind}-start"
+
+
+def _begun(
+    problem: Problem, graph: PruningGraph, plan: PruningPlan, weights: Weights, kind: str
+) -> nn.Module:
+    """Returns the network that a training began at, until `forget_training`."""
+    network = weights.network(problem.model, graph, plan, _start(kind))
+    return channels_last(on_device(network), graph)
+
+
 def forget_training(weights: Weights, plan: PruningPlan, kind: str) -> None:
     """Deletes what a training would go on from; not before its outcome is in the ledger."""
-    weights.file(plan, f"{kind}-start").unlink(missing_ok=True)
+    weights.file(plan, _start(kind)).unlink(missing_ok=True)
     weights.file(plan, kind).with_suffix(".part").unlink(missing_ok=True)
 
 
@@ -130,13 +142,15 @@ def forget_training(weights: Weights, plan: PruningPlan, kind: str) -> None:
 class FinetuningStep:
     """Fine-tunes the network of a plan and measures it; one for each worker.
 
+    Training begins with what would be handed out without it.
+
     Attributes:
-        problem: The dense network and its data.
+        problem: The dense network and its data, `refit` among them.
         graph: Its graph.
         finetuning: How and how long.
         weights: Of the run.
-        kinds: By plan, which weights its network has already; None where `evaluator` makes it.
-        evaluator: Of the search.
+        kinds: By plan, which weights its network has already; None where it is reconstructed.
+        objectives: What the search optimises; they decide whether the result is taken.
     """
 
     problem: Problem
@@ -144,15 +158,15 @@ class FinetuningStep:
     finetuning: Finetuning
     weights: Weights
     kinds: Mapping[PruningPlan, str | None]
-    evaluator: Evaluator
+    objectives: tuple[Objective, ...]
 
     def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
-        """Returns `loss` and, for a classifier, `accuracy` on the search split, and `epochs`."""
+        """Returns the metrics of `Record.finetuned`."""
         kind = self.kinds[plan]
 
         def begin() -> nn.Module:
             if kind is None:
-                return self.evaluator.network(plan, seed)
+                return Evaluator(self.problem, self.graph).final(plan, seed)
             return self.weights.network(self.problem.model, self.graph, plan, kind)
 
         epochs = self.finetuning.epochs
@@ -167,15 +181,25 @@ class FinetuningStep:
             self.weights,
             FINETUNED,
         )
-        measured = evaluate(trained, self.problem.validation, self.problem.loss)
-        return {**measured, "epochs": epochs}
+        start = _begun(self.problem, self.graph, plan, self.weights, FINETUNED)
+        before, after = (
+            evaluate(network, self.problem.validation, self.problem.loss)
+            for network in (start, trained)
+        )
+        return {
+            **after,
+            **{f"{name}{BEFORE}": value for name, value in before.items()},
+            "epochs": epochs,
+            TAKEN: float(no_worse(self.objectives, before, after)),
+        }
 
 
 class FinetuningTasks:
     """The best of a front on their way through fine-tuning; see `Tasks`.
 
     Args:
-        records: Which are to be fine-tuned; those that were are left out.
+        records: Which are to be fine-tuned; those that were are left out, those whose fine-tuning
+            failed are not.
         seed: Of every training.
         weights: Where its results must be.
         finished: Called with every record and what became of it.
@@ -191,7 +215,11 @@ class FinetuningTasks:
         self._seed = seed
         self._weights = weights
         self._notify = finished
-        self._queue = [one for one in records if one.finetuned is None and one.plan is not None]
+        self._queue = [
+            one
+            for one in records
+            if not isinstance(one.finetuned, Completed) and one.plan is not None
+        ]
         self._waiting: dict[str, Record] = {}
 
     @property
@@ -203,6 +231,13 @@ class FinetuningTasks:
     def kinds(self) -> dict[PruningPlan, str | None]:
         """By plan, which weights its network has before."""
         return {one.plan: trained_weights(one) for one in self._queue if one.plan is not None}
+
+    def forget_failures(self, ledger: Ledger) -> None:
+        """Deletes what a ledger has of these plans, unless it is of use: they are tried again."""
+        for plan in self.kinds:
+            done = isinstance(ledger.read(key_of(plan)), Completed)
+            if not (done and self._weights.file(plan, FINETUNED).exists()):
+                ledger.forget(key_of(plan))
 
     def next(self) -> Task | None:
         """Returns the next plan to fine-tune; None if all are under way."""

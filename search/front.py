@@ -10,8 +10,8 @@ of calculating exact hypervolumes", IEEE Transactions on Evolutionary Computatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,7 +70,8 @@ class ParetoFront:
     def best(self, max_macs: int | None = None) -> Record:
         """Returns the record of the front that is best in the first objective.
 
-        Where records were fine-tuned, the best of those, as measured after it.
+        Records that were fine-tuned count with the better of before and after it; see
+        `Record.handed_out`.
 
         Args:
             max_macs: Only records with at most so many MACs; None takes all.
@@ -91,8 +92,7 @@ class ParetoFront:
                 f"no record of the front has at most {max_macs:,} MACs; the smallest has "
                 f"{smallest:,}."
             )
-        finetuned = [record for record in fitting if record.finetuned_metrics]
-        return min(finetuned or fitting, key=self._rank)
+        return min(fitting, key=lambda one: self._rank(one.handed_out))
 
     def leading(self, count: int, max_macs: int) -> list[Record]:
         """Returns the records that are best in the first objective before any fine-tuning.
@@ -102,30 +102,25 @@ class ParetoFront:
             max_macs: Only records with at most so many MACs.
         """
         fitting = [one for one in self.records if metrics_of(one)["macs"] <= max_macs]
-        return sorted(fitting, key=lambda one: self._rank(replace(one, finetuned=None)))[:count]
+        return sorted(fitting, key=lambda one: self._rank(metrics_of(one)))[:count]
 
-    def _rank(self, record: Record) -> float:
-        """Returns the first objective, smaller better, after fine-tuning where there was one."""
-        objective = self.objectives[0]
-        metrics = {**metrics_of(record), **record.finetuned_metrics}
-        return _flip(objective, metrics[objective.name])
+    def _rank(self, metrics: Mapping[str, float]) -> float:
+        """Returns the first objective, smaller better."""
+        return _flip(self.objectives[0], metrics[self.objectives[0].name])
 
     def smallest(self, min_accuracy: float) -> Record:
         """Returns the record of the front with the fewest MACs that is accurate enough.
 
         Args:
-            min_accuracy: Least accuracy on the search split, a fraction; after fine-tuning where
-                there was one.
+            min_accuracy: Least accuracy on the search split, a fraction, of the network that is
+                handed out; see `Record.handed_out`.
 
         Raises:
             ValueError: If there is no such record, or accuracy was not measured.
         """
         if not self.records:
             raise ValueError("the front is empty: no trial has completed.")
-        accuracies = [
-            {**metrics_of(record), **record.finetuned_metrics}.get("accuracy")
-            for record in self.records
-        ]
+        accuracies = [record.handed_out.get("accuracy") for record in self.records]
         known = [accuracy for accuracy in accuracies if accuracy is not None]
         if not known:
             raise ValueError("the search measured no accuracy; choose by FLOPs or trial.")
@@ -161,6 +156,26 @@ class ParetoFront:
     def _repr_html_(self) -> str:
         """Returns the front as a table, for notebooks."""
         return html_table([values_of(record) for record in self.records])
+
+
+def no_worse(
+    objectives: Sequence[Objective], before: Mapping[str, float], after: Mapping[str, float]
+) -> bool:
+    """Returns whether a network came out of a training no worse than it went in.
+
+    The first objective decides that was measured of both, the next ones where it is equal; where
+    there is none, the loss.
+
+    Args:
+        objectives: What the search optimises, in order.
+        before: Metrics of the network on the search split before the training.
+        after: After it.
+    """
+    measured = [one for one in objectives if one.name in before and one.name in after]
+    if not measured:
+        return after["loss"] <= before["loss"]
+    ranks = [[_flip(one, of[one.name]) for one in measured] for of in (after, before)]
+    return ranks[0] <= ranks[1]
 
 
 def _flip(objective: Objective, value: float) -> float:

@@ -102,6 +102,10 @@ class Ledger:
         except (OSError, ValueError):
             return None
 
+    def forget(self, key: str) -> None:
+        """Deletes the outcome of a plan, if it is there: the plan is evaluated again."""
+        (self.folder / f"{key}.json").unlink(missing_ok=True)
+
     def write(self, key: str, outcome: Outcome) -> None:
         """Writes an outcome whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)

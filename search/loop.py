@@ -131,7 +131,7 @@ def search(
         following = _Following(info, listeners)
 
         def best_of_front() -> Stage:
-            return run.finetuning(following.front.leading(run.top, info.target), following)
+            return run.finetuning(following.front, info.target, following)
 
         stages: list[Callable[[], Stage]] = [lambda: trials_of(following)]
         if finetuning is not None and finetuning.epochs:

@@ -19,6 +19,11 @@ LAYER = "layer"
 """Origin of a trial of the strategy `everything` in which a block was removed."""
 NEURONS = "neurons"
 """Origin of a trial of the strategy `everything` in which units were removed."""
+BEFORE = "_before"
+"""Ends the names of what fine-tuning measured of the network that it began with."""
+TAKEN = "taken"
+"""What fine-tuning notes beside its metrics: 1 where its network is handed out, else 0."""
+_QUALITIES = ("loss", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,9 @@ class Record:
         outcome: How it ended.
         origin: `seed` for a one-shot allocation that the search began with, else `sampler`; with
             the strategy `everything` what its step removed, `layer` or `neurons`.
-        finetuned: How its fine-tuning ended, with the metrics after it; None without one.
+        finetuned: How its fine-tuning ended; None without one. Its metrics are `loss` and
+            `accuracy` after it, `loss_before` and `accuracy_before` of the network that it began
+            with, `epochs`, and `taken`: whether it is no worse and thus handed out.
     """
 
     number: int
@@ -117,8 +124,31 @@ class Record:
 
     @property
     def finetuned_metrics(self) -> Mapping[str, float]:
-        """What was measured after fine-tuning; empty without one."""
+        """What was measured after fine-tuning, taken or not; empty without one."""
         return self.finetuned.metrics if isinstance(self.finetuned, Completed) else {}
+
+    @property
+    def finetuning_taken(self) -> bool:
+        """Whether the fine-tuned network is handed out: it is no worse than without."""
+        after = self.finetuned_metrics
+        if not after or TAKEN in after:
+            return bool(after.get(TAKEN))
+        assert isinstance(self.outcome, Completed), "no other is fine-tuned"
+        return after["loss"] <= self.outcome.metrics["loss"]  # older: began there, notes nothing
+
+    @property
+    def handed_out(self) -> Mapping[str, float]:
+        """What is known of the network that is handed out; empty unless the trial completed.
+
+        Where it was fine-tuned, `loss` and `accuracy` after that, or, if it came out worse, of the
+        network that it began with; else as the search evaluated the candidate.
+        """
+        if not isinstance(self.outcome, Completed):
+            return {}
+        end = "" if self.finetuning_taken else BEFORE
+        measured = self.finetuned_metrics
+        quality = {n: measured[n + end] for n in _QUALITIES if n + end in measured}
+        return {**self.outcome.metrics, **quality}
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:

@@ -34,13 +34,14 @@ def values_of(record: Record) -> dict[str, object]:
 
 
 def html_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Returns rows with the same keys as an HTML table; its caption says how many there are."""
+    """Returns rows as an HTML table; its caption says how many there are."""
     caption = f"Pareto front of {len(rows)} record{'' if len(rows) == 1 else 's'}"
     if not rows:
         return f"<p>{caption}: no trial has completed.</p>"
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    names = dict.fromkeys(name for row in rows for name in row)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row.values()) + "</tr>"
+        "<tr>" + "".join(f"<td>{escape(_cell(row.get(n, '')))}</td>" for n in names) + "</tr>"
         for row in rows
     )
     return (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from paretoprune.search.checks import DAMAGE
 from paretoprune.search.evaluation import Evaluate, Evaluator
 from paretoprune.search.everything import CandidateStep, Everything
 from paretoprune.search.finetuning import Finetuning, FinetuningStep, FinetuningTasks
+from paretoprune.search.front import ParetoFront
 from paretoprune.search.ledger import Ledger
 from paretoprune.search.listener import SearchInfo
 from paretoprune.search.prepare import Request, prepare, prepare_steps
@@ -64,11 +65,6 @@ class Stages:
     seed: int
     finetunes: Finetuning | None
     progress: Progress
-
-    @property
-    def top(self) -> int:
-        """How many of the front are fine-tuned."""
-        return 0 if self.finetunes is None else self.finetunes.top
 
     def _ledger(self, name: str) -> Ledger:
         return Ledger(self.folder.resolve() / name)
@@ -126,9 +122,12 @@ class Stages:
 
         return info, stage
 
-    def finetuning(self, records: Sequence[Record], finished: Callable[[Record], None]) -> Stage:
-        """Returns the fine-tuning of records."""
+    def finetuning(
+        self, front: ParetoFront, target: int, finished: Callable[[Record], None]
+    ) -> Stage:
+        """Returns the fine-tuning of the best of the front that meet the target."""
         assert self.finetunes is not None
+        records = front.leading(self.finetunes.top, target)
         weights = Weights.of_run(self.folder)
 
         def told(record: Record) -> None:
@@ -137,14 +136,14 @@ class Stages:
             finished(record)
 
         tasks = FinetuningTasks(records, self.seed, weights, told)
-        graph = trace(self.problem.model, self.problem.example_inputs)
+        ledger = self._ledger(FOLDER)
+        tasks.forget_failures(ledger)
         evaluate = FinetuningStep(
-            self.problem.sent,
-            graph,
+            replace(self.problem.sent, refit=self.problem.refit),  # training begins with it
+            trace(self.problem.model, self.problem.example_inputs),
             self.finetunes,
             weights,
             tasks.kinds,
-            Evaluator(self.problem, graph),
+            front.objectives,
         )
-        most = max(1, len(tasks.kinds))
-        return Stage(tasks, evaluate, self._ledger(FOLDER), most=most, timed=False)
+        return Stage(tasks, evaluate, ledger, most=max(1, len(tasks.kinds)), timed=False)

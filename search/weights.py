@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paretoprune.search.ledger import key_of
-from paretoprune.search.record import LAYER, NEURONS, Completed, Record
+from paretoprune.search.record import LAYER, NEURONS, Record
 from paretoprune.surgery import PruningGraph, PruningPlan, prune
 
 FOLDER = "weights"
@@ -82,7 +82,7 @@ def write_weights(network: nn.Module, file: Path) -> None:
 
 
 def trained_weights(record: Record) -> str | None:
-    """Returns which kind of weights a record's network has; None if its plan gives them."""
-    if isinstance(record.finetuned, Completed):
+    """Returns which weights a record's network is handed out with; None if its plan gives them."""
+    if record.finetuning_taken:
         return FINETUNED
     return RECOVERED if record.origin in (LAYER, NEURONS) else None

@@ -9,6 +9,7 @@ split.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import os
 import time
@@ -228,8 +229,9 @@ class Bench:
         """
         file = self.file(name)
         if file.exists():
-            network.load_state_dict(load_file(file))
-            return network.eval()
+            kept = copy.deepcopy(network)
+            kept.load_state_dict(load_file(file))
+            return kept.eval()
         batches = self.problem.training
         assert isinstance(batches, TrainingBatches)
         model = on_device(network).to(memory_format=torch.channels_last)

@@ -31,7 +31,7 @@ from paretoprune.experiments.reproduce.common import RESULTS, Bench, Results, Ro
 from paretoprune.experiments.reproduce.common import parser as base_parser
 from paretoprune.experiments.reproduce.reported import COLUMNS
 from paretoprune.experiments.training import Training
-from paretoprune.search import Finetuning, Record, read_run, search
+from paretoprune.search import Completed, Finetuning, ParetoFront, Record, read_run, search
 from paretoprune.search.evaluation import Evaluator, Moved, on_device
 from paretoprune.search.metrics import device_of
 from paretoprune.search.weights import FINETUNED, Weights, trained_weights
@@ -124,12 +124,19 @@ def _searched(
         run_dir=folder,
         saliency_dir=options.work / ".saliency",
     )
-    limit = int((1 - reduction / 100) * bench.graph.cost().macs)
-    best = front.best(limit)
+    best = _finetuned(front)
     spent = epochs
     if greedy:
         spent += options.recovery * len(read_run(folder).records)
     return _found(bench, best, Weights.of_run(folder), spent)
+
+
+def _finetuned(front: ParetoFront) -> Record:
+    """Returns the record that was fine-tuned; the rows have its network even if it got worse."""
+    for record in front.records:
+        if isinstance(record.finetuned, Completed):
+            return record
+    raise RuntimeError("no record was fine-tuned: see why in the log of the search.")
 
 
 def _found(bench: Bench, best: Record, weights: Weights, epochs: int) -> Row:
@@ -137,7 +144,7 @@ def _found(bench: Bench, best: Record, weights: Weights, epochs: int) -> Row:
     problem, graph = bench.problem, bench.graph
     kind = trained_weights(replace(best, finetuned=None))
     if kind is None:
-        before = Evaluator(problem, graph).network(best.plan, bench.seed)
+        before = Evaluator(problem, graph).final(best.plan, bench.seed)
     else:
         before = weights.network(problem.model, graph, best.plan, kind)
     after = weights.network(problem.model, graph, best.plan, FINETUNED)
@@ -172,10 +179,9 @@ def _one_shot(bench: Bench, reduction: float, epochs: int, *, layers: bool) -> R
             "accuracy": "unreachable",
             **dict.fromkeys(COLUMNS, ""),
         }
-    before = Evaluator(bench.problem, bench.graph).network(plan, bench.seed)
+    before = Evaluator(bench.problem, bench.graph).final(plan, bench.seed)
     name = f"{'layers' if layers else 'neurons'}-{reduction}-{epochs}-{bench.options.criterion}"
     after = bench.train(before, name, epochs=epochs)
-    before = Evaluator(bench.problem, bench.graph).network(plan, bench.seed)
     return _measured(bench, plan, before, after, epochs)
 
 

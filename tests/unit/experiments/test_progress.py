@@ -17,7 +17,7 @@ from paretoprune.experiments.progress import (
 )
 from paretoprune.experiments.stages import Stages
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import ParetoFront, SearchInfo
+from paretoprune.search import Completed, ParetoFront, SearchInfo
 
 
 def console(*, terminal: bool, width: int = 100) -> tuple[Console, io.StringIO]:
@@ -56,6 +56,17 @@ def test_a_log_gets_a_line_for_what_is_new(view: SearchView) -> None:
     assert "best trial 1: accuracy 95.00 % at 49.8 % of the MACs" in lines[3]
     assert "trial 5 failed: ValueError: not finite" in lines[4]
     assert "0:00 left" in lines[5]
+
+
+def test_a_fine_tuning_that_made_it_worse_is_told(view: SearchView) -> None:
+    target, out = console(terminal=False)
+    metrics = {"loss": 0.3, "accuracy": 0.94, "loss_before": 0.1, "accuracy_before": 0.96}
+    end = Completed({**metrics, "epochs": 5.0, "taken": 0.0}, 9.0)
+    told = (*view.records, replace(view.records[1], finetuned=end))
+    play(SearchProgress(target), replace(view, records=told))
+    line = out.getvalue().splitlines()[-1]
+    assert "trial 1 is fine-tuned, but worse than before: not taken" in line
+    assert "best trial 1: accuracy 96.00 % before fine-tuning, which made it worse" in line
 
 
 def test_a_failure_that_repeats_is_said_once(view: SearchView) -> None:

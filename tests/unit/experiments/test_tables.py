@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 from rich.console import Console
 
+from paretoprune.experiments.summary import headline
 from paretoprune.experiments.tables import (
     front_csv,
     front_json,
@@ -16,6 +18,7 @@ from paretoprune.experiments.tables import (
     stage_ratios,
 )
 from paretoprune.experiments.view import SearchView
+from paretoprune.search import Completed, Record
 
 
 def test_rows_know_their_place(view: SearchView) -> None:
@@ -47,6 +50,33 @@ def test_the_table_fits_100_columns_and_shows_the_dense_network(view: SearchView
     assert "95.00 %" in text
     assert "…" not in text
     assert "one-shot" in text
+
+
+def test_fine_tuning_is_shown_beside_what_it_began_with(view: SearchView) -> None:
+    """Both numbers are there, and which of them is that of the network that is handed out."""
+
+    def told(number: int, after: float, before: float, taken: float) -> Record:
+        metrics = {"loss": 1 - after, "accuracy": after, "epochs": 5.0, "taken": taken}
+        began = {"loss_before": 1 - before, "accuracy_before": before}
+        return replace(view.records[number], finetuned=Completed({**metrics, **began}, 9.0))
+
+    shown = view.told(told(1, 0.9613, 0.9673, 0)).told(told(3, 0.975, 0.94, 1))
+    out = io.StringIO()
+    table = front_table(shown.front_rows, view.dense, view.dense_metrics)
+    Console(file=out, width=100).print(table)
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    for words in ("96.13 %, not taken", "from 96.73 %", "97.50 %", "from 94.00 %"):
+        assert words in text
+    worse, better, other = json.loads(front_json(shown.front_rows))
+    assert (worse["finetuned_accuracy"], worse["finetuned_accuracy_before"]) == (0.9613, 0.9673)
+    assert [one["finetuning_taken"] for one in (worse, better, other)] == [False, True, None]
+    assert shown.best is not None
+    assert shown.best.number == 3  # loss 0.025 after fine-tuning, trial 1 has 0.0327 without
+    alone = view.told(told(1, 0.9613, 0.9673, 0))
+    assert "accuracy 96.73 % on the search split before fine-tuning" in headline(alone)
+    assert "accuracy 97.50 % on the search split after fine-tuning" in headline(shown)
 
 
 def test_ratios_count_what_is_removed(view: SearchView) -> None:

@@ -21,7 +21,7 @@ from paretoprune.experiments.store import ExportPlace, Store, store_of
 from paretoprune.experiments.tracker import MlflowListener
 from paretoprune.experiments.tracking import _tracking_to, connect, register_export
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import ParetoFront, Record, SearchInfo
+from paretoprune.search import Completed, Failed, ParetoFront, Record, SearchInfo
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -167,6 +167,35 @@ def test_resuming_adds_what_is_missing_and_nothing_twice(folder: Path, view: Sea
     assert {n for n, run in children.items() if run.data.tags["pareto"] == "true"} == {1, 3, 4}
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
     assert curve_of(history) == expected_curve(view)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_fine_tuning_that_is_tried_again_is_brought_up_to_date(
+    folder: Path, view: SearchView
+) -> None:
+    record = view.records[1]
+    metrics = {"loss": 0.3, "loss_before": 0.2, "epochs": 5.0, "taken": 0.0}
+    ends: dict[str, Completed | Failed] = {
+        "failed": Failed("OSError: the disk is gone"),
+        "worse": Completed(metrics, 9.0),
+        "taken": Completed({**metrics, "loss": 0.1, "taken": 1.0}, 9.0),
+    }
+    for word, end in ends.items():
+        told = view.told(replace(record, finetuned=end))
+        listener = MlflowListener(folder, SPEC)
+        listener.started(info_of(told, told.records))
+        listener.ended(told.front, False)
+        _, _, children = runs_in(folder)
+        tags, shown = children[1].data.tags, children[1].data.metrics
+        assert tags["finetuned"] == word
+        assert {"failed": "disk is gone", "worse": "worse than it began", "taken": ""}[
+            word
+        ] in tags["finetuning_reason"]
+        assert "finetuned" not in children[3].data.tags
+        if isinstance(end, Completed):
+            assert shown["finetuned_loss"] == end.metrics["loss"]
+            assert shown["finetuned_loss_before"] == 0.2
+    assert not tags["finetuning_reason"]
 
 
 def _child_of(parent: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from paretoprune.experiments.export import export
 from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.training import Training
 from paretoprune.search import (
+    Batch,
     Completed,
+    Direction,
     Failed,
     Finetuning,
+    Objective,
     ParetoFront,
     Problem,
     Record,
@@ -26,7 +30,9 @@ from paretoprune.search import (
     search,
 )
 from paretoprune.search import finetuning as stage
-from paretoprune.search.weights import FINETUNED, Weights
+from paretoprune.search.evaluation import Evaluator
+from paretoprune.search.front import no_worse
+from paretoprune.search.weights import FINETUNED, Weights, trained_weights
 from paretoprune.surgery import trace
 
 SETTINGS = Training(epochs=1, learning_rate=0.05)
@@ -95,8 +101,11 @@ def trained(problem: Problem, kind: type[FineTuner] = FineTuner) -> Finetuning:
 
 
 def test_the_best_are_trained_and_kept_as_measured(problem: Problem, tmp_path: Path) -> None:
+    inputs, targets = next(iter(problem.calibration))
+    problem = replace(problem, calibration=[(inputs[:16], targets[:16])])
     plain = run(problem, tmp_path / "plain", None)
     told = Told()
+    problem = replace(problem, refit=[(inputs, targets)])
     front = run(problem, tmp_path, trained(problem), [told])
     assert [one.number for one in front.records] == [one.number for one in plain.records]
     best = sorted(plain.records, key=lambda one: _loss(one))[:2]
@@ -110,14 +119,131 @@ def test_the_best_are_trained_and_kept_as_measured(problem: Problem, tmp_path: P
         assert record.plan is not None
         network = Weights.of_run(tmp_path).network(problem.model, graph, record.plan, FINETUNED)
         measured = evaluate(network, problem.validation)
-        assert record.finetuned_metrics == pytest.approx({**measured, "epochs": 3}, rel=1e-4)
+        start = Evaluator(problem, graph).final(record.plan, 0)  # what else would be handed out
+        began = evaluate(start, problem.validation)
+        assert began["loss"] < _loss(record)  # these reconstructions on more data are better
+        assert record.finetuned_metrics == pytest.approx(
+            {
+                **measured,
+                **{f"{name}_before": value for name, value in began.items()},
+                "epochs": 3,
+                "taken": float(measured["loss"] <= began["loss"]),
+            },
+            rel=1e-4,
+        )
+        assert record.handed_out["loss"] == pytest.approx(
+            min(measured["loss"], began["loss"]), rel=1e-4
+        )
         before = run_metrics(plain, record.number)
         assert record.outcome == replace_metrics(record, before)  # the trial's own stay
     assert {one.number: one.finetuned for one in read_run(tmp_path).records} == {
         **{number: None for number in range(4)},
         **{one.number: one.finetuned for one in done},
     }
-    assert front.best() == min(done, key=lambda one: one.finetuned_metrics["loss"])
+    assert front.best() == min(front.records, key=lambda one: one.handed_out["loss"])
+
+
+def test_what_training_made_worse_is_not_handed_out(problem: Problem, tmp_path: Path) -> None:
+    wrong = [(inputs, (targets + 1) % 4) for inputs, targets in problem.validation]
+    finetuning = Finetuning(FineTuner(wrong, SETTINGS), epochs=20, top=2)
+    plain = run(problem, tmp_path / "plain", None)
+    front = run(problem, tmp_path, finetuning)
+    assert front.best().number == plain.best().number
+    for record in front.records:
+        if record.finetuned is None:
+            continue
+        assert record.finetuned_metrics["loss"] > record.finetuned_metrics["loss_before"]
+        assert not record.finetuning_taken
+        assert trained_weights(record) is None
+        assert record.handed_out["loss"] == record.finetuned_metrics["loss_before"]
+    exported = export(problem, front.best(), tmp_path / "to", weights=Weights.of_run(tmp_path))
+    assert exported.small.search["loss"] == pytest.approx(_loss(front.best()), rel=1e-4)
+    card = (tmp_path / "to" / "README.md").read_text()
+    assert "fine-tuning for 20 epochs took it from loss" in card
+    assert "its weights were not taken" in card
+
+
+def test_what_training_made_better_is_handed_out(problem: Problem, tmp_path: Path) -> None:
+    right = FineTuner([*problem.validation], SETTINGS)
+    front = run(problem, tmp_path, Finetuning(right, epochs=20, top=1))
+    best = front.best()
+    assert best.finetuning_taken
+    assert best.handed_out["loss"] == best.finetuned_metrics["loss"] < _loss(best)
+    exported = export(problem, best, tmp_path / "to", weights=Weights.of_run(tmp_path))
+    assert exported.small.search["loss"] == pytest.approx(best.handed_out["loss"], rel=1e-4)
+    assert "then fine-tuned for 20 epochs." in (tmp_path / "to" / "README.md").read_text()
+
+
+def test_the_first_objective_decides() -> None:
+    def objective(name: str, direction: Direction) -> Objective:
+        return Objective(name, direction, "", 1.0)
+
+    loss = objective("loss", Direction.MINIMIZE)
+    accuracy = objective("accuracy", Direction.MAXIMIZE)
+    macs = objective("macs", Direction.MINIMIZE)
+    before = {"loss": 0.2, "accuracy": 0.8}
+    after = {"loss": 0.3, "accuracy": 0.9}
+    assert not no_worse([loss, accuracy], before, after)
+    assert no_worse([accuracy, loss], before, after)
+    assert no_worse([macs, accuracy], before, after)  # training leaves MACs as they are
+    assert not no_worse([macs, objective("cka", Direction.MAXIMIZE)], before, after)
+    assert not no_worse([accuracy, loss], before, {**before, "loss": 0.3})
+    assert no_worse([loss, macs], before, before)
+
+
+def test_runs_that_noted_less_are_read(problem: Problem, tmp_path: Path) -> None:
+    """Fine-tuning once began at the candidate as the search had it, and noted nothing of it."""
+    record = run(problem, tmp_path, None).best()
+    worse = replace(record, finetuned=Completed({"loss": 1e6, "epochs": 1}, 1.0))
+    assert (worse.finetuning_taken, worse.handed_out["loss"]) == (False, _loss(record))
+    better = replace(record, finetuned=Completed({"loss": 1e-6, "epochs": 1}, 1.0))
+    assert (better.finetuning_taken, better.handed_out["loss"]) == (True, 1e-6)
+
+
+class Unreadable:
+    """Training data that cannot be read the first time."""
+
+    broken = True
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if Unreadable.broken:
+            raise OSError("the disk is gone")
+        return iter(self._batches)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["known", "killed before it was told"])
+def test_what_failed_is_tried_again_by_the_next_driver(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    def again() -> ParetoFront:
+        tuner = FineTuner(Unreadable([*problem.calibration]), SETTINGS)
+        return run(problem, tmp_path, Finetuning(tuner, epochs=2, top=1))
+
+    def killed(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    Unreadable.broken = True
+    with monkeypatch.context() as patched:
+        if not told:
+            patched.setattr(stage.FinetuningTasks, "tell", killed)
+        try:
+            (failed,) = (one.finetuned for one in again().records if one.finetuned is not None)
+            assert failed == Failed("OSError: the disk is gone")
+        except SearchInterrupted:
+            assert not told
+    Unreadable.broken = False
+    front = again()
+    (done,) = (one for one in front.records if one.finetuned is not None)
+    assert isinstance(done.finetuned, Completed)
+    assert done in read_run(tmp_path).records
+    Unreadable.broken = True
+    assert again() == front  # and what is done is not done again
 
 
 def _loss(record: Record) -> float:
@@ -192,7 +318,7 @@ def test_a_training_that_diverges_costs_no_trial(problem: Problem, tmp_path: Pat
     assert isinstance(record.finetuned, Failed)
     assert "diverged" in record.finetuned.error
     assert front.best() in front.records
-    assert run(problem, tmp_path, Finetuning(wild, epochs=2, top=1)) == front  # not again
+    assert run(problem, tmp_path, Finetuning(wild, epochs=2, top=1)) == front
 
 
 def test_who_leads_is_decided_before_fine_tuning(problem: Problem, tmp_path: Path) -> None:
