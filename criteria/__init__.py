@@ -9,6 +9,7 @@ from types import MappingProxyType
 from paretoprune.criteria.base import Calibration, CostClass, Criterion
 from paretoprune.criteria.blocks import block_saliency
 from paretoprune.criteria.bn_scale import BnScale
+from paretoprune.criteria.bounds import UNBOUNDED, Bounds
 from paretoprune.criteria.cka import Cka
 from paretoprune.criteria.consensus import Consensus
 from paretoprune.criteria.fisher import Fisher
@@ -21,7 +22,7 @@ from paretoprune.criteria.obs import Obs, ObsPerMac
 from paretoprune.criteria.proscore import Proscore
 from paretoprune.criteria.random import Random
 from paretoprune.criteria.receding import Receding
-from paretoprune.criteria.select import select, smallest_macs, target_macs
+from paretoprune.criteria.select import largest_macs, select, smallest_macs, target_macs
 from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.sosp import SospH, SospI
 from paretoprune.criteria.taylor import Taylor
@@ -52,11 +53,14 @@ CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType(
 
 __all__ = [
     "CRITERIA",
+    "UNBOUNDED",
+    "Bounds",
     "Calibration",
     "CostClass",
     "Criterion",
     "SharedCalibration",
     "block_saliency",
+    "largest_macs",
     "select",
     "smallest_macs",
     "target_macs",

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from paretoprune.criteria.bounds import UNBOUNDED, Bounds
 from paretoprune.surgery import InfeasibleBudget, PrunableGroup, PruningGraph
 
 _SLACK = 0.99
@@ -17,18 +19,20 @@ _EXCHANGED = 32  # groups between which units are exchanged; all pairs of more c
 class Allowance:
     """The MACs that unit counts of the rankable groups cost, everything else being decided.
 
+    A group's level is the place of its unit count among those that it may keep, from 0 up.
+
     Args:
         graph: From `surgery.trace`.
         groups: The groups whose counts vary.
         removed: Blocks that are removed whole.
-        minimum: Units that stay in every group; a smaller group stays whole.
+        bounds: Which counts groups may keep.
 
     Attributes:
-        sizes: Units of every group, float64, shape (n_groups,).
-        least: Units that stay in every group, likewise.
+        tops: The highest level of every group, int64, shape (n_groups,).
         dense: MACs of the dense network.
-        smallest: MACs with the least units in every group.
-        largest: MACs with all units.
+        smallest: MACs with every group at its lowest level.
+        largest: MACs with every group at its highest level.
+        coarse: Whether `bounds` leave more than one unit between counts.
     """
 
     def __init__(
@@ -36,9 +40,10 @@ class Allowance:
         graph: PruningGraph,
         groups: Sequence[PrunableGroup],
         removed: tuple[str, ...],
-        minimum: int = 1,
+        bounds: Bounds = UNBOUNDED,
     ) -> None:
         self.groups = tuple(groups)
+        self.coarse = bounds.multiple > 1
         self._graph = graph
         self._removed = graph.removed_vector(removed)
         names = list(graph.groups)
@@ -46,11 +51,17 @@ class Allowance:
             [names.index(group.name) for group in groups], dtype=torch.int64
         )
         self._all = torch.tensor([g.size for g in graph.groups.values()], dtype=torch.float64)
-        self.sizes = torch.tensor([group.size for group in groups], dtype=torch.float64)
-        self.least = self.sizes.clamp(max=minimum)
+        counts = [bounds.counts(graph, group) for group in groups]
+        self.tops = torch.tensor([len(each) - 1 for each in counts], dtype=torch.int64)
+        self._counts = pad_sequence(counts) if counts else torch.zeros(1, 0, dtype=torch.float64)
         self.dense = graph.cost().macs
-        self.smallest = round(self.macs(self.least[None]).item())
-        self.largest = round(self.macs(self.sizes[None]).item())
+        lowest, highest = self.counts(torch.stack([torch.zeros_like(self.tops), self.tops]))
+        self.smallest = round(self.macs(lowest[None]).item())
+        self.largest = round(self.macs(highest[None]).item())
+
+    def counts(self, levels: Tensor) -> Tensor:
+        """Returns the unit counts of levels, float64; both have shape (n_plans, n_groups)."""
+        return self._counts.gather(0, levels)
 
     def macs(self, counts: Tensor) -> Tensor:
         """Returns the MACs of unit counts, shape (n_plans, n_groups) -> (n_plans,)."""
@@ -58,11 +69,33 @@ class Allowance:
         full[:, self._columns] = counts
         return self._graph.macs(full, self._removed).round()
 
+    def macs_at(self, levels: Tensor) -> Tensor:
+        """Returns the MACs of levels, shape (n_plans, n_groups) -> (n_plans,)."""
+        return self.macs(self.counts(levels))
+
+    def steps(self, priorities: Sequence[Tensor]) -> list[Tensor]:
+        """Returns, per group, the priority of every step from a level to the next.
+
+        Units that come or go together have the priority of the middle one.
+
+        Args:
+            priorities: Per group, shape (group.size,).
+        """
+        steps = []
+        for index, values in enumerate(priorities):
+            kept = self._counts[: self.tops[index] + 1, index].long()
+            ladder = values.sort(descending=True).values
+            steps.append(ladder[(kept[1:] + kept[:-1]) // 2])
+        return steps
+
 
 def fit(
     allowance: Allowance, priorities: Sequence[Tensor], target: int
 ) -> dict[str, tuple[int, ...]]:
     """Returns the kept units by group, with `0.99 * target < macs <= target`.
+
+    Where bounds leave only multiples, counts may jump over that window; then the plan has the
+    most MACs up to the target that exchanges between two groups at a time lead to.
 
     Args:
         allowance: Prices counts.
@@ -70,24 +103,27 @@ def fit(
         target: Budget in MACs, reachable.
 
     Raises:
-        InfeasibleBudget: If unit counts jump over the window.
+        InfeasibleBudget: If unit counts jump over the window, without multiples.
     """
     if not allowance.groups:
         return {}
-    orders = [values.argsort(stable=True) for values in priorities]
-    ladders = [values[order] for values, order in zip(priorities, orders, strict=True)]
-    counts = _fill(allowance, ladders, _prefix(allowance, ladders, target), target)
-    if allowance.macs(counts[None]).item() <= _SLACK * target:
-        counts = _nudge(allowance, counts, target)
+    steps = allowance.steps(priorities)
+    levels = _fill(allowance, steps, _prefix(allowance, steps, target)[0], target)
+    if allowance.macs_at(levels[None]).item() <= _SLACK * target:
+        levels = _nudge(allowance, levels, target)
     kept = {}
-    for group, order, count in zip(allowance.groups, orders, counts.tolist(), strict=True):
+    counts = allowance.counts(levels[None])[0].int().tolist()
+    for group, values, count in zip(allowance.groups, priorities, counts, strict=True):
         if count < group.size:
-            kept[group.name] = tuple(order[group.size - int(count) :].tolist())
+            order = values.argsort(stable=True)
+            kept[group.name] = tuple(order[group.size - count :].tolist())
     return kept
 
 
 def threshold(allowance: Allowance, priorities: Sequence[Tensor], target: int) -> float:
     """Returns the highest priority among the units that leave for a target; -inf if none does.
+
+    Units that bounds let leave in any case do not count.
 
     Args:
         allowance: Prices counts.
@@ -96,76 +132,76 @@ def threshold(allowance: Allowance, priorities: Sequence[Tensor], target: int) -
     """
     if not allowance.groups:
         return -torch.inf
-    ladders = [values.sort().values for values in priorities]
-    counts = _prefix(allowance, ladders, target)
-    gone = [int(len(ladder) - count) for ladder, count in zip(ladders, counts, strict=True)]
-    return max(
-        (
-            float(ladder[number - 1])
-            for ladder, number in zip(ladders, gone, strict=True)
-            if number
-        ),
-        default=-torch.inf,
-    )
+    return _prefix(allowance, allowance.steps(priorities), target)[1]
 
 
-def _prefix(allowance: Allowance, ladders: Sequence[Tensor], target: int) -> Tensor:
-    """Returns the counts after the shortest prefix of leaving units that meets the target."""
-    going = (allowance.sizes - allowance.least).int().tolist()
-    leaving = torch.cat([ladder[:most] for ladder, most in zip(ladders, going, strict=True)])
-    owner = torch.cat([torch.full((most,), index) for index, most in enumerate(going)])
-    owner = owner[leaving.argsort(stable=True)]
+def _prefix(allowance: Allowance, steps: Sequence[Tensor], target: int) -> tuple[Tensor, float]:
+    """Returns the levels after the shortest prefix of leaving units that meets the target.
 
-    def counts(length: int) -> Tensor:
-        return allowance.sizes - owner[:length].bincount(minlength=len(ladders))
+    Beside them the priority of those that left last, -inf if none did.
+    """
+    leaving = torch.cat([values.flip(0) for values in steps])
+    owner = torch.cat([torch.full((len(values),), at) for at, values in enumerate(steps)])
+    order = leaving.argsort(stable=True)
+    owner = owner[order]
+
+    def levels(length: int) -> Tensor:
+        return allowance.tops - owner[:length].bincount(minlength=len(steps))
 
     low, high = 0, len(owner)
     while low < high:
         middle = (low + high) // 2
-        if allowance.macs(counts(middle)[None]).item() <= target:
+        if allowance.macs_at(levels(middle)[None]).item() <= target:
             high = middle
         else:
             low = middle + 1
-    return counts(low)
+    return levels(low), float(leaving[order[low - 1]]) if low else -torch.inf
 
 
-def _fill(allowance: Allowance, ladders: Sequence[Tensor], counts: Tensor, target: int) -> Tensor:
-    """Returns the counts after taking back, best first, the units that still fit."""
-    steps = torch.eye(len(counts), dtype=torch.float64)
+def _fill(allowance: Allowance, steps: Sequence[Tensor], levels: Tensor, target: int) -> Tensor:
+    """Returns the levels after taking back, best first, the units that still fit."""
+    single = torch.eye(len(levels), dtype=torch.int64)
     while True:
-        fits = (allowance.macs(counts + steps) <= target) & (counts < allowance.sizes)
+        higher = torch.minimum(levels + single, allowance.tops)
+        fits = (allowance.macs_at(higher) <= target) & (levels < allowance.tops)
         if not bool(fits.any()):
-            return counts
+            return levels
         best = max(
             fits.nonzero().squeeze(1).tolist(),
-            key=lambda index: ladders[index][len(ladders[index]) - int(counts[index]) - 1].item(),
+            key=lambda index: steps[index][levels[index]].item(),
         )
-        counts = counts + steps[best]
+        levels = levels + single[best]
 
 
-def _nudge(allowance: Allowance, counts: Tensor, target: int) -> Tensor:
-    """Returns counts inside the window, by exchanging few units of two groups at a time."""
-    size = len(counts)
+def _nudge(allowance: Allowance, levels: Tensor, target: int) -> Tensor:
+    """Returns levels inside the window, by exchanging few steps of two groups at a time."""
+    size = len(levels)
     chosen = torch.linspace(0, size - 1, min(size, _EXCHANGED)).long().unique()
-    eye = torch.eye(size, dtype=torch.float64)[chosen]
-    amounts = torch.tensor([-4.0, -3, -2, -1, 1, 2, 3, 4], dtype=torch.float64)
+    eye = torch.eye(size, dtype=torch.int64)[chosen]
+    amounts = torch.tensor([-4, -3, -2, -1, 1, 2, 3, 4])
     single = (amounts[:, None, None] * eye).reshape(-1, size)
     pairs = (single[:, None] + single[None]).reshape(-1, size).unique(dim=0)
-    seen = {tuple(counts.tolist())}
+    seen = {tuple(levels.tolist())}
+    most, best = allowance.macs_at(levels[None]).item(), levels
     for _ in range(_ROUNDS):
-        near = counts + pairs
-        near = near[((near >= allowance.least) & (near <= allowance.sizes)).all(1)]
-        macs = allowance.macs(near)
+        near = levels + pairs
+        near = near[((near >= 0) & (near <= allowance.tops)).all(1)]
+        macs = allowance.macs_at(near)
         order = torch.where(macs <= target, macs, -macs).argsort(descending=True)
         for index in order[: len(seen) + 1].tolist():
             if tuple(near[index].tolist()) not in seen:
-                counts = near[index]
+                levels = near[index]
                 break
         else:
             break
-        if _SLACK * target < allowance.macs(counts[None]).item() <= target:
-            return counts
-        seen.add(tuple(counts.tolist()))
+        reached = macs[index].item()
+        if _SLACK * target < reached <= target:
+            return levels
+        if most < reached <= target:
+            most, best = reached, levels
+        seen.add(tuple(levels.tolist()))
+    if allowance.coarse:
+        return best
     raise InfeasibleBudget(
         f"no plan found between {_SLACK:.0%} and 100 % of the budget of {target:,} MACs "
         f"({target / allowance.dense:.2%} of the dense network); the smallest reachable is "

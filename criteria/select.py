@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from paretoprune.criteria.bounds import UNBOUNDED, Bounds
 from paretoprune.criteria.budget import Allowance, fit, threshold
 from paretoprune.surgery import InfeasibleBudget, PrunableGroup, PruningGraph, PruningPlan
 
@@ -24,7 +25,7 @@ def select(
     removed: tuple[str, ...] = (),
     allocation: Allocation = "global",
     blocks: Mapping[str, float] | None = None,
-    minimum: int = 1,
+    bounds: Bounds = UNBOUNDED,
 ) -> PruningPlan:
     """Returns the plan that keeps the units of highest saliency.
 
@@ -32,7 +33,7 @@ def select(
     filled with the best units that still fit. The priority of a unit is the quantile of its
     saliency among all units (`global`) or within its group (`uniform`).
     With `ratios`, each group loses its own share. Equal saliencies leave in unit order, and counts
-    are exact. Every group keeps at least `minimum` units, or all if it has fewer.
+    are exact. `bounds` hold either way, for groups without a ratio, too.
 
     With `blocks`, neurons and layers are chosen together: the priority of a block is the quantile
     that its saliency has among those of all units, and it leaves whole once units of higher
@@ -47,39 +48,44 @@ def select(
         removed: Blocks that are removed whole; their inner groups are not ranked.
         allocation: `global` or `uniform`.
         blocks: Saliencies of removable blocks that may leave too, from `block_saliency`.
-        minimum: Units that every group keeps at least, 1 or more.
+        bounds: Which counts groups may keep, and which blocks may go.
 
     Returns:
-        A plan with `0.99 * target < macs <= target`, or with the given ratios.
+        A plan with `0.99 * target < macs <= target`, or with the given ratios rounded to counts
+        that `bounds` allow, as a rule the next larger one. Under a budget, multiples may be too
+        coarse for that last percent: then the plan lies as little below it as was found.
 
     Raises:
         InfeasibleBudget: If no such plan exists; names the reachable limit.
-        ValueError: If not exactly one of `budget` and `ratios` is given, one is out of range, or
-            `blocks` come without a budget.
+        ValueError: If not exactly one of `budget` and `ratios` is given, one is out of range,
+            `blocks` come without a budget, or `removed` has a block that `bounds` exclude.
     """
     if (budget is None) == (ratios is None):
         raise ValueError("give either `budget` or `ratios`, and not both.")
-    if minimum < 1:
-        raise ValueError(f"`minimum` is at least 1, but got {minimum}.")
+    bounds.check(graph)
     groups = rankable(graph, removed)
+    for block in removed:
+        if block not in bounds.blocks(graph):
+            raise ValueError(f"block {block!r} is to be removed, but `exclude` keeps it.")
     if blocks and budget is None:
         raise ValueError("`blocks` are chosen for a `budget`, but got `ratios`.")
     if ratios is not None:
-        return PruningPlan(_by_ratio(graph, groups, saliency, ratios, minimum), removed)
+        return PruningPlan(_by_ratio(graph, groups, saliency, ratios, bounds), removed)
     assert budget is not None
     target = target_macs(graph, budget)
-    for block in _leaving_first(graph, saliency, blocks or {}, removed):
+    for block in _leaving_first(graph, blocks or {}, removed, bounds):
         more = (*removed, block)
-        if graph.cost(PruningPlan(removed=more)).macs <= 0.99 * target:
+        allowance = Allowance(graph, rankable(graph, more), more, bounds)
+        if allowance.largest <= 0.99 * target:
             break
         priority = _block_priority(groups, saliency, (blocks or {})[block])
         units = _priorities(groups, saliency, allocation)
-        if threshold(Allowance(graph, groups, removed, minimum), units, target) <= priority:
+        if threshold(Allowance(graph, groups, removed, bounds), units, target) <= priority:
             break
         removed, groups = more, rankable(graph, more)
     priorities = _priorities(groups, saliency, allocation)
-    allowance = Allowance(graph, groups, removed, minimum)
-    _check_reachable(allowance, target)
+    allowance = Allowance(graph, groups, removed, bounds)
+    _check_reachable(allowance, target, removed)
     kept = fit(allowance, priorities, target)
     return PruningPlan(kept, removed)
 
@@ -119,20 +125,26 @@ def target_macs(graph: PruningGraph, budget: float | int) -> int:
     return math.floor(budget * dense)
 
 
-def smallest_macs(graph: PruningGraph, removed: tuple[str, ...] = ()) -> int:
-    """Returns the MACs with one unit left in every group and the given blocks removed."""
-    return Allowance(graph, rankable(graph, removed), removed).smallest
+def smallest_macs(
+    graph: PruningGraph, removed: tuple[str, ...] = (), bounds: Bounds = UNBOUNDED
+) -> int:
+    """Returns the MACs with the fewest units in every group and the given blocks removed."""
+    return Allowance(graph, rankable(graph, removed), removed, bounds).smallest
+
+
+def largest_macs(
+    graph: PruningGraph, removed: tuple[str, ...] = (), bounds: Bounds = UNBOUNDED
+) -> int:
+    """Returns the MACs with the most units in every group and the given blocks removed."""
+    return Allowance(graph, rankable(graph, removed), removed, bounds).largest
 
 
 def _leaving_first(
-    graph: PruningGraph,
-    saliency: Mapping[str, Tensor],
-    blocks: Mapping[str, float],
-    removed: tuple[str, ...],
+    graph: PruningGraph, blocks: Mapping[str, float], removed: tuple[str, ...], bounds: Bounds
 ) -> list[str]:
     """Returns the blocks that may leave, that of the lowest saliency first."""
     graph.removed_vector(tuple(blocks))  # raises for a name that is no removable block
-    others = [block for block in graph.blocks if block in blocks and block not in removed]
+    others = [block for block in bounds.blocks(graph) if block in blocks and block not in removed]
     return sorted(others, key=lambda block: blocks[block])
 
 
@@ -144,7 +156,7 @@ def _block_priority(
     return float((units < score).double().mean()) if len(units) else 0.0
 
 
-def _check_reachable(allowance: Allowance, target: int) -> None:
+def _check_reachable(allowance: Allowance, target: int, removed: tuple[str, ...]) -> None:
     dense = allowance.dense
     if allowance.smallest > target:
         raise InfeasibleBudget(
@@ -153,10 +165,15 @@ def _check_reachable(allowance: Allowance, target: int) -> None:
             f"({allowance.smallest / dense:.2%})."
         )
     if allowance.largest <= 0.99 * target:
+        reached = f"{allowance.largest:,} MACs ({allowance.largest / dense:.2%}"
+        if removed:
+            raise InfeasibleBudget(
+                f"removing the blocks alone leaves {reached} of the dense network), more than 1 % "
+                f"under the budget of {target:,}; remove fewer blocks."
+            )
         raise InfeasibleBudget(
-            f"removing the blocks alone leaves {allowance.largest:,} MACs "
-            f"({allowance.largest / dense:.2%} of the dense network), more than 1 % under the "
-            f"budget of {target:,}; remove fewer blocks."
+            f"the budget of {target:,} MACs ({target / dense:.2%} of the dense network) cannot be "
+            f"used: the largest reachable within the bounds is {reached})."
         )
 
 
@@ -165,10 +182,9 @@ def _by_ratio(
     groups: tuple[PrunableGroup, ...],
     saliency: Mapping[str, Tensor],
     ratios: Mapping[str, float],
-    minimum: int,
+    bounds: Bounds,
 ) -> dict[str, tuple[int, ...]]:
-    names = {group.name: group.size for group in groups}
-    kept = {}
+    names = [group.name for group in groups]
     for name, ratio in ratios.items():
         if name not in names:
             raise ValueError(f"{name!r} is no prunable group here; prunable: {', '.join(names)}.")
@@ -176,10 +192,14 @@ def _by_ratio(
             raise ValueError(
                 f"a pruning ratio must lie in [0, 1), but got {ratio} for group {name!r}."
             )
-        gone = min(math.floor(ratio * names[name] + 0.5), names[name] - minimum)
-        if gone > 0:
-            order = _scores(saliency, graph.groups[name]).argsort(stable=True)
-            kept[name] = tuple(order[gone:].tolist())
+    kept = {}
+    for group in groups:
+        wanted = group.size - math.floor(ratios.get(group.name, 0.0) * group.size + 0.5)
+        allowed = [int(count) for count in bounds.counts(graph, group)]
+        count = next((count for count in allowed if count >= wanted), allowed[-1])
+        if count < group.size:
+            order = _scores(saliency, group).argsort(stable=True)
+            kept[group.name] = tuple(order[group.size - count :].tolist())
     return kept
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretoprune.criteria import CRITERIA, select
+from paretoprune.criteria import CRITERIA, Bounds, select
 from paretoprune.criteria.receding import (
     Receding,
     SigBatchNorm,
@@ -157,7 +157,7 @@ def test_a_receded_network_pruned_equals_itself_masked() -> None:
     x = torch.randn(5, 1, 6, 6)
     graph = trace(model, x[:2])
     saliency = CRITERIA["receding"]()(model, graph, data())
-    plan = select(graph, saliency, budget=0.5, minimum=3)
+    plan = select(graph, saliency, budget=0.5, bounds=Bounds(minimum=3))
     assert all(len(kept) >= 3 for kept in plan.kept.values())
     masked = torch.func.functional_call(model, masked_tensors(model, graph, plan), (x,))
     torch.testing.assert_close(prune(model, graph, plan)(x), masked, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paretoprune.criteria import select, smallest_macs, target_macs
+from paretoprune.criteria import Bounds, select, smallest_macs, target_macs
 from paretoprune.criteria.budget import Allowance
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan, trace
@@ -329,7 +329,7 @@ def test_a_minimum_of_units_stays_in_every_group(how: dict[str, Any]) -> None:
     saliency = random_saliency(graph, 0)
     worst = graph.open_groups[1].name
     saliency[worst] -= 10  # without a minimum nearly all of it would go
-    plan = select(graph, saliency, minimum=3, **how)
+    plan = select(graph, saliency, bounds=Bounds(minimum=3), **how)
     assert all(len(kept) >= 3 for kept in plan.kept.values())
     if "allocation" not in how:
         assert len(plan.kept[worst]) == 3
@@ -341,9 +341,7 @@ def test_a_minimum_holds_for_ratios_and_bounds_the_budget() -> None:
     graph = digits()
     saliency = random_saliency(graph, 0)
     name = graph.open_groups[0].name
-    plan = select(graph, saliency, ratios={name: 0.99}, minimum=3)
+    plan = select(graph, saliency, ratios={name: 0.99}, bounds=Bounds(minimum=3))
     assert len(plan.kept[name]) == 3
     with pytest.raises(InfeasibleBudget):
-        select(graph, saliency, budget=0.02, minimum=7)
-    with pytest.raises(ValueError, match="`minimum` is at least 1, but got 0"):
-        select(graph, saliency, budget=0.5, minimum=0)
+        select(graph, saliency, budget=0.02, bounds=Bounds(minimum=7))
