@@ -30,7 +30,7 @@ from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.store import store_of
 from paretoprune.experiments.tracker import MlflowListener
-from paretoprune.search import Completed, ParetoFront, Problem, Record, SearchInfo, search
+from paretoprune.search import Completed, ParetoFront, Problem, Record, SearchInfo, Stopped, search
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.ledger import Task
 from paretoprune.surgery import trace
@@ -54,8 +54,8 @@ class Clock:
 
     def finished(self, record: Record, front: ParetoFront) -> None:
         """Notes a trial; one that took the metrics of another has no time of its own."""
-        if isinstance(record.outcome, Completed) and record.outcome.seconds:
-            assert record.plan is not None, "what completed has a plan"
+        if isinstance(record.outcome, Completed | Stopped) and record.outcome.seconds:
+            assert record.plan is not None, "what was evaluated has a plan"
             self.trials.append((time.perf_counter(), record.outcome.seconds))
             self.driver.append(time.process_time())
             self.tasks.append(len(json.dumps(Task(record.plan, 0).to_json())))
