@@ -22,6 +22,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -190,8 +191,9 @@ def recede(
             an epoch; batches of a single example are left out.
         loss: (outputs, targets) -> scalar mean loss.
         settings: How to train.
-        checkpoint: File that is written after every epoch; where it is there, for the same network
-            and settings, the training goes on from it and ends as it would have without a break.
+        checkpoint: File that is written after every epoch; where it is there, for the same
+            network, settings and number of batches (where `batches` has a length), the training
+            goes on from it and ends as it would have without a break.
         progress: Receives a line per epoch.
 
     Raises:
@@ -214,7 +216,8 @@ def recede(
     rates = [group["lr"] for group in optimizer.param_groups]
     kept = None
     if checkpoint is not None:
-        kept = Checkpoint(checkpoint, json.dumps([fingerprint.of_model(model), repr(settings)]))
+        key = [fingerprint.of_model(model), repr(settings), length_hint(batches)]
+        kept = Checkpoint(checkpoint, json.dumps(key))
     done = 0 if kept is None else kept.read({"state": network}, optimizer)
     devices = range(torch.cuda.device_count())
     for epoch in range(settings.epochs):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from paretoprune.criteria import CRITERIA
+from paretoprune.criteria.checkpoint import Checkpoint
 from paretoprune.criteria.receding import is_receded
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.comparison import Comparison
@@ -127,9 +129,33 @@ def test_recede_writes_weights_that_a_recipe_takes(
 ) -> None:
     to = tmp_path / "receded.safetensors"
     arguments = ["recede", "digits", "--weights", untrained, "--to", str(to), "--epochs", "1"]
-    assert main([*arguments, "--quiet"]) == 0
-    assert "receded: loss" in capsys.readouterr().out
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "receded: loss" in shown.out
+    training = build_problem("digits", weights=untrained).training
+    assert training is not None
+    assert f"epoch 1/1, 0 of {len(training)}" in shown.err
     assert is_receded(build_problem("digits", weights=str(to)).model)
     assert [file.name for file in tmp_path.iterdir()] == [to.name]
     assert main([*arguments, "--quiet"]) == 2
     assert "exists already; take another --to" in capsys.readouterr().err
+
+
+def test_a_broken_recede_goes_on_and_ends_the_same(
+    untrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["recede", "digits", "--weights", untrained, "--epochs", "2", "--quiet"]
+    assert main([*arguments, "--to", str(tmp_path / "whole.safetensors")]) == 0
+    broken = [*arguments, "--to", str(tmp_path / "broken.safetensors")]
+    write = Checkpoint.write
+
+    def stopped(*given: Any) -> None:
+        write(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "write", stopped)
+        assert main(broken) == 130
+    assert main(broken) == 0
+    whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
