@@ -3,6 +3,10 @@
 A unit is masked by zeroing all its slices, a block is replaced by its input; both equal removing
 it. Only the operators behind the first one that is touched run again, so that a structure costs
 half a forward pass on average.
+
+Batches of images pass one after the other, so that intermediate values take the memory of one.
+What the network returns without each of up to 64 structures is kept until all have passed: 256 MiB
+at most, or one structure's. The operators in front run once more for them and every batch.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.similarity import CHANGES, Response
@@ -21,6 +26,8 @@ from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan
 from paretoprune.surgery.execute import Execution, Values
 from paretoprune.surgery.program import Node, Ref
 
+_TOGETHER = 64  # structures
+_BYTES = 2**28  # of what the network returns without these
 _PASS = {"dropout", "flatten", "view", "reshape", "contiguous", "clone", "alias", "detach"}
 
 
@@ -46,7 +53,7 @@ def changes(
         model: The dense network; left untouched.
         graph: Its graph.
         calibration: Training batches, shared.
-        images: At most this many examples are used, as one batch.
+        images: At most this many examples are used, of as many batches as that needs.
 
     Raises:
         ValueError: If there is no batch, or the network does not return one tensor per example.
@@ -94,9 +101,10 @@ def penultimate_features(
 def _measure(
     model: nn.Module, graph: PruningGraph, calibration: SharedCalibration, images: int
 ) -> Changes:
-    inputs, targets = _gathered(calibration, images)
-    ablation = _Ablation(model, graph)
-    dense = ablation.dense(inputs)
+    parts = _gathered(calibration, images)
+    targets = torch.cat([targets for _, targets in parts])
+    ablation = _Ablation(model, graph, [inputs for inputs, _ in parts])
+    dense = ablation.dense()
     if len(graph.program.outputs) != 1 or dense.outputs.shape[:1] != targets.shape[:1]:
         raise ValueError(
             "criteria that compare outputs need a network that returns one tensor with a row per "
@@ -121,31 +129,40 @@ def _measure(
         done += 1
         calibration.progress(done, total)
 
-    ablation.run(inputs, visit)
+    ablation.run(visit)
     return Changes(units, blocks)
 
 
-def _gathered(calibration: SharedCalibration, images: int) -> tuple[Any, Tensor]:
+def _gathered(calibration: SharedCalibration, images: int) -> list[tuple[Any, Tensor]]:
+    """Returns batches of `images` examples together; a small rest goes with the batch before."""
     parts: list[tuple[Any, Tensor]] = []
-    count = 0
-    for inputs, targets in calibration:
-        parts.append((inputs, targets))
-        count += len(targets)
-        if count >= images:
+    for batch in calibration:
+        left = images - sum(len(targets) for _, targets in parts)
+        parts.append(tree_map_only(Tensor, lambda leaf: leaf[:left], batch))  # noqa: B023
+        if len(batch[1]) >= left:
             break
     if not parts:
         raise ValueError("the criterion needs calibration data, but got no batch.")
-    joined = torch.utils._pytree.tree_map(
-        lambda *leaves: torch.cat(leaves)[:images] if isinstance(leaves[0], Tensor) else leaves[0],
-        *parts,
-    )
-    return joined[0], joined[1]
+    if len(parts) > 1 and 2 * len(parts[-1][1]) < len(parts[-2][1]):
+        parts[-2:] = [tree_map(_joined, *parts[-2:])]
+    return parts
+
+
+def _joined(*leaves: Any) -> Any:
+    return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+
+
+Structure = tuple[str, int | None]
+"""(group, unit) or (block, None)."""
 
 
 class _Ablation:
-    def __init__(self, model: nn.Module, graph: PruningGraph) -> None:
+    """Runs a network on batches of inputs without one structure at a time."""
+
+    def __init__(self, model: nn.Module, graph: PruningGraph, parts: Sequence[Any]) -> None:
         self._model = model
         self._graph = graph
+        self._parts = parts
         self._execution = Execution(graph)
         nodes = graph.program.nodes
         self._order = [node for node in nodes.values() if node.kind == "call"]
@@ -154,7 +171,7 @@ class _Ablation:
             node.target: node.name for node in nodes.values() if node.kind == "parameter"
         }
         self._constants = {n.name: n.value for n in nodes.values() if n.kind == "constant"}
-        self._dense: dict[str, Tensor] = {}
+        self._dense: list[dict[str, Tensor]] = []
         last: dict[str, int] = {}
         for index, node in enumerate(self._order):
             for name in node.refs():
@@ -164,26 +181,39 @@ class _Ablation:
             if name not in self._watched:
                 self._dead.setdefault(index, []).append(name)
 
-    def dense(self, inputs: Any) -> Response:
+    def dense(self) -> Response:
         """Returns what the whole network returns."""
+        for inputs in self._parts:
+            found: dict[str, Tensor] = {}
 
-        def after(node: Node, values: Values) -> None:
-            for name in self._watched:
-                if name not in self._dense and name in values:
-                    self._dense[name] = values[name].clone()
+            def after(node: Node, values: Values, found: dict[str, Tensor] = found) -> None:
+                for name in self._watched:
+                    if name not in found and name in values:
+                        found[name] = values[name].clone()
 
-        self._execution.run(self._model, inputs, after=after)
-        return self._response({})
+            self._execution.run(self._model, inputs, after=after)
+            self._dense.append(found)
+        return self._response(self._dense)
 
-    def _response(self, values: Mapping[str, Any]) -> Response:
-        features, outputs = (values.get(name, self._dense.get(name)) for name in self._watched)
-        assert isinstance(features, Tensor)
-        assert isinstance(outputs, Tensor)
+    def _response(self, parts: Sequence[Mapping[str, Tensor]]) -> Response:
+        features, outputs = (torch.cat([part[name] for part in parts]) for name in self._watched)
         return Response(features.flatten(1).double(), outputs.double())
 
-    def run(self, inputs: Any, visit: Callable[[str, int | None, Response], None]) -> None:
+    def run(self, visit: Callable[[str, int | None, Response], None]) -> None:
         """Calls `visit` with (group, unit, response) and with (block, None, response)."""
-        starts: dict[str, list[PrunableGroup]] = {}
+        size = sum(v.numel() * v.element_size() for part in self._dense for v in part.values())
+        few = max(1, min(_TOGETHER, _BYTES // size))
+        for start, structures in self._starts().items():
+            step = len(structures) if len(self._parts) == 1 else few
+            for first in range(0, len(structures), step):
+                self._run_some(start, structures[first : first + step], visit)
+
+    def _starts(self) -> dict[str, list[Structure]]:
+        """Returns all structures by the first operator that is touched, in their order."""
+        starts: dict[str, list[Structure]] = {}
+        for name, extent in self._graph.extents.items():
+            start = next(node.name for node in self._order if node.name in extent.nodes)
+            starts.setdefault(start, []).append((name, None))
         for group in self._graph.open_groups:
             touched = {
                 self._parameters[i.parameter]
@@ -192,29 +222,47 @@ class _Ablation:
             }
             first = next((n for n in self._order if touched & set(n.refs())), None)
             if first is not None:
-                starts.setdefault(first.name, []).append(group)
-        blocks: dict[str, list[str]] = {}
-        for name, extent in self._graph.extents.items():
-            start = next(node.name for node in self._order if node.name in extent.nodes)
-            blocks.setdefault(start, []).append(name)
-        places = {node.name: index for index, node in enumerate(self._order)}
-        leaves = torch.utils._pytree.tree_leaves(inputs)
-        batch = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+                starts.setdefault(first.name, []).extend(
+                    (group.name, u) for u in range(group.size)
+                )
+        return starts
 
-        def before(node: Node, values: Values) -> None:
-            for block in blocks.get(node.name, ()):
-                extent = self._graph.extents[block]
-                known = dict(values)
-                known[extent.result] = values[extent.source]
-                rest = self._rest(places[node.name], extent.nodes)
-                visit(block, None, self._finish(known, rest, batch))
-            for group in starts.get(node.name, ()):
-                rest = self._rest(places[node.name], frozenset())
-                for unit in range(group.size):
-                    known = self._masked(values, group, unit)
-                    visit(group.name, unit, self._finish(known, rest, batch))
+    def _run_some(
+        self,
+        start: str,
+        structures: Sequence[Structure],
+        visit: Callable[[str, int | None, Response], None],
+    ) -> None:
+        """Visits structures that touch the operator `start` first."""
+        place = next(index for index, node in enumerate(self._order) if node.name == start)
+        kept: list[list[Mapping[str, Tensor]]] = [[] for _ in structures]
+        for inputs, dense in zip(self._parts, self._dense, strict=True):
+            leaves = tree_leaves(inputs)
+            batch = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
 
-        self._execution.run(self._model, inputs, before=before)
+            def before(
+                node: Node, values: Values, dense: Mapping[str, Tensor] = dense, batch: int = batch
+            ) -> None:
+                if node.name != start:
+                    return
+                for (name, unit), parts in zip(structures, kept, strict=True):
+                    known, skipped = self._without(values, name, unit)
+                    found = self._finish(known, self._rest(place, skipped), batch)
+                    parts.append({n: found.get(n, dense[n]) for n in self._watched})
+                    if len(parts) == len(self._parts):
+                        visit(name, unit, self._response(parts))
+                        parts.clear()
+
+            self._execution.run(self._model, inputs, before=before, until=start)
+
+    def _without(
+        self, values: Values, name: str, unit: int | None
+    ) -> tuple[Values, frozenset[str]]:
+        """Returns values that lack a structure, and the operators that do not run then."""
+        if unit is not None:
+            return self._masked(values, self._graph.groups[name], unit), frozenset()
+        extent = self._graph.extents[name]
+        return {**values, extent.result: values[extent.source]}, extent.nodes
 
     def _rest(self, start: int, skipped: frozenset[str]) -> list[tuple[Node, Sequence[str]]]:
         return [
@@ -234,7 +282,7 @@ class _Ablation:
 
     def _finish(
         self, values: Values, rest: list[tuple[Node, Sequence[str]]], batch: int
-    ) -> Response:
+    ) -> Values:
         known = {**self._constants, **values}
         for node, dead in rest:
             overwritten = node.args[0] if node.in_place else None
@@ -243,4 +291,4 @@ class _Ablation:
             known = self._execution.ahead([node.name], known, batch)
             for name in dead:
                 known.pop(name, None)
-        return self._response(known)
+        return known

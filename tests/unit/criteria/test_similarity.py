@@ -14,7 +14,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretoprune.criteria import CRITERIA, SharedCalibration, block_saliency
+from paretoprune.criteria import CRITERIA, SharedCalibration, ablation, block_saliency
 from paretoprune.criteria.ablation import changes, penultimate
 from paretoprune.criteria.similarity import (
     CHANGES,
@@ -335,6 +335,25 @@ def test_one_pass_serves_all_measures_and_images_bound_it() -> None:
     same = changes(model, graph, shared, 8)
     for group in few.units["kl"]:
         torch.testing.assert_close(few.units["kl"][group], same.units["kl"][group])
+
+
+@pytest.mark.parametrize("name", ["residual", "excitation", "torch_attention"])
+@pytest.mark.parametrize("kept_bytes", [1, 2**20])
+def test_batches_stream_and_say_what_one_batch_says(
+    name: str, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "_BYTES", kept_bytes)  # one structure at a time, and many
+    model, graph = traced(name)
+    inputs, targets = batch(name)
+    whole = changes(model, graph, SharedCalibration([(inputs[:11], targets[:11])]), 100)
+    parts = [(inputs[i : i + 5], targets[i : i + 5]) for i in (0, 5, 10)]
+    streamed = changes(model, graph, SharedCalibration(parts), 11)
+    for measure in CHANGES:
+        for group, values in whole.units[measure].items():
+            torch.testing.assert_close(
+                streamed.units[measure][group], values, rtol=1e-3, atol=1e-5
+            )
+        assert streamed.blocks[measure] == pytest.approx(whole.blocks[measure], rel=1e-3, abs=1e-5)
 
 
 def test_consensus_is_the_rank_sum() -> None:
