@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paretoprune.experiments.plots import FRONT, new_figure
-from paretoprune.experiments.tables import Row, stage_of
+from paretoprune.experiments.tables import stage_of
 from paretoprune.experiments.view import SearchView
+from paretoprune.search import Completed, Record, Stopped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST_TRIALS = 20
-"""Fewer completed trials tell nothing about several decisions."""
+"""Fewer trials with a loss tell nothing about several decisions."""
 _REPEATS = 10
 _RELIABLE = 0.3
 
@@ -43,14 +44,19 @@ def importance(view: SearchView) -> Importance | None:
     logarithm of the loss differs from its mean over the trials of the same budget; a decision's
     importance is what shuffling it adds to the squared error. Without the budget's part, which
     every search would show first, the others can be told apart.
+
+    Trials that were stopped early take part with their estimate of the loss on the whole split
+    (see `search.racing`): the trials that completed are the better ones, and what makes a network
+    bad would not be seen in them.
     """
     from sklearn.ensemble import RandomForestRegressor
 
-    rows = [row for row in view.rows if row.loss is not None and row.loss > 0]
-    if len(rows) < LEAST_TRIALS:
+    losses_of = [(record, loss) for record in view.records if (loss := _loss(record)) > 0]
+    if len(losses_of) < LEAST_TRIALS:
         return None
-    columns = _columns(rows, view)
-    losses = _beside_the_budget(rows, view)
+    records = [record for record, _ in losses_of]
+    columns = _columns(records, view)
+    losses = _beside_the_budget(records, np.log([loss for _, loss in losses_of]))
     if not columns or np.ptp(losses) == 0:
         return None
     owners = [name for name, values in columns.items() for _ in range(values.shape[1])]
@@ -75,36 +81,47 @@ def importance(view: SearchView) -> Importance | None:
     return Importance({name: added[name] / whole for name in falling}, float(forest.oob_score_))
 
 
-def _beside_the_budget(rows: list[Row], view: SearchView) -> NDArray[np.float64]:
-    """Returns the log loss minus its mean over the trials of the same budget; shape (trials,)."""
-    budgets = {record.number: record.candidate.budget for record in view.records}
-    losses = np.log(np.asarray([row.loss for row in rows], dtype=np.float64))
-    own = np.asarray([budgets[row.trial] for row in rows])
+def _loss(record: Record) -> float:
+    """Returns the loss of a trial on the search split, or its estimate; 0 where it has none."""
+    if not isinstance(record.outcome, Completed | Stopped):
+        return 0.0
+    return record.outcome.metrics.get("loss", 0.0)
+
+
+def _beside_the_budget(
+    records: Sequence[Record], losses: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Returns the log losses minus their mean over the trials of the same budget."""
+    own = np.asarray([record.candidate.budget for record in records])
+    beside = losses.copy()
     for budget in np.unique(own):
-        losses[own == budget] -= losses[own == budget].mean()
-    return losses
+        beside[own == budget] -= losses[own == budget].mean()
+    return beside
 
 
 def _error(forest: Any, table: NDArray[np.float64], losses: NDArray[np.float64]) -> float:
     return float(np.mean((forest.predict(table) - losses) ** 2))
 
 
-def _columns(rows: list[Row], view: SearchView) -> dict[str, NDArray[np.float64]]:
+def _columns(records: Sequence[Record], view: SearchView) -> dict[str, NDArray[np.float64]]:
     """Returns the decisions that differ between trials, each shape (trials, columns)."""
     stages = stage_of(list(view.sizes))
-    offsets = {record.number: record.candidate.offsets for record in view.records}
+    candidates = [record.candidate for record in records]
+    removed = [() if record.plan is None else record.plan.removed for record in records]
     decided: dict[str, list[list[float]]] = {}
     for name in ("criterion", "allocation"):
-        known = sorted({getattr(row, name) for row in rows})
-        decided[name] = [[float(getattr(row, name) == one) for one in known] for row in rows]
+        known = sorted({getattr(one, name) for one in candidates})
+        decided[name] = [
+            [float(getattr(candidate, name) == one) for one in known] for candidate in candidates
+        ]
     decided["blocks removed"] = [
-        [float(block in row.removed) for block in view.blocks] for row in rows
+        [float(block in gone) for block in view.blocks] for gone in removed
     ]
     for stage in dict.fromkeys(stages.values()):
         members = [name for name in stages if stages[name] == stage]
         decided[f"offset of {stage}"] = [
-            [float(np.mean([offsets[row.trial].get(name, 0.0) for name in members]))]
-            for row in rows
+            [float(np.mean([candidate.offsets.get(name, 0.0) for name in members]))]
+            for candidate in candidates
         ]
     columns = {name: np.asarray(values, dtype=np.float64) for name, values in decided.items()}
     return {name: one for name, one in columns.items() if one.size and np.ptp(one, axis=0).any()}

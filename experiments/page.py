@@ -9,7 +9,7 @@ from typing import Any
 
 from paretoprune.experiments.architecture import architecture_figure
 from paretoprune.experiments.architecture import title as architecture_title
-from paretoprune.experiments.importance import caption, importance, importance_figure
+from paretoprune.experiments.importance import Importance, caption, importance_figure
 from paretoprune.experiments.plots import BUDGET, DENSE, FRONT, GONE, SEED, TRIAL
 from paretoprune.experiments.summary import (
     accuracy_range,
@@ -42,8 +42,13 @@ tr.dense td { color: #64748b; } .scroll { overflow-x: auto; }
 """
 
 
-def front_page(view: SearchView) -> str:
-    """Returns one self-contained HTML page, about 5 MB, that works offline."""
+def front_page(view: SearchView, found: Importance | None = None) -> str:
+    """Returns one self-contained HTML page, about 5 MB, that works offline.
+
+    Args:
+        view: The search.
+        found: Which decisions mattered; None where the trials do not tell.
+    """
     first, *others = [
         front_figure(view),
         _sized(architecture_figure(view), len(view.sizes)),
@@ -73,7 +78,7 @@ whole is red.</p>
 <h2>Hypervolume of the front over trials</h2>
 <p>How much of the space of loss and MACs the front dominates; it can only rise.</p>
 {volume}
-{_decisions(view)}
+{_decisions(found)}
 </body></html>
 """
 
@@ -91,9 +96,8 @@ def _sized(figure: Any, bars: int) -> Any:
     return figure
 
 
-def _decisions(view: SearchView) -> str:
+def _decisions(found: Importance | None) -> str:
     """Returns the section about which decisions mattered; nothing where trials do not tell."""
-    found = importance(view)
     if found is None:
         return ""
     figure = _html(_sized(importance_figure(found), len(found.shares)))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from paretoprune.experiments import page
 from paretoprune.experiments.comparison import Shot
+from paretoprune.experiments.importance import importance
 from paretoprune.experiments.pictures import pictures
 from paretoprune.experiments.runs import TRACKING_FILE, RunSpec, write_json
 from paretoprune.experiments.saved_view import front_link, view_link, view_tag
@@ -122,7 +123,7 @@ class SearchRuns:
             "target_macs": view.target,
             "trials": spec.trials,
             "criteria": ", ".join(spec.criteria),
-            "sampler": spec.sampler,
+            "sampler": spec.sampler or "none",
             "seed": spec.seed,
             "dense_macs": view.dense.macs,
             "dense_params": view.dense.params,
@@ -227,9 +228,10 @@ class SearchRuns:
         self._client.set_tag(self._parent, "mlflow.note.content", description)
         if not view.front_rows:
             return
-        for file, figure in pictures(view):
+        found = importance(view)
+        for file, figure in pictures(view, found):
             self._client.log_figure(self._parent, figure, f"pareto/{file}")
-        self._client.log_text(self._parent, page.front_page(view), "pareto/front.html")
+        self._client.log_text(self._parent, page.front_page(view, found), "pareto/front.html")
         self._client.log_dict(self._parent, table_of(view.front_rows), "pareto/front.json")
         shown = '[{"path": "pareto/front.json", "type": "table"}]'
         self._client.set_tag(self._parent, "mlflow.loggedArtifacts", shown)

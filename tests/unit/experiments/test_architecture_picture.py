@@ -12,7 +12,7 @@ from paretoprune.experiments import importance
 from paretoprune.experiments.architecture import architecture_figure, best_widths, title
 from paretoprune.experiments.pictures import pictures
 from paretoprune.experiments.view import SearchView
-from paretoprune.search import Completed, Record
+from paretoprune.search import Completed, Record, Stopped
 
 if TYPE_CHECKING:
     from tests.unit.experiments.conftest import MadeUp
@@ -98,11 +98,29 @@ def test_decisions_that_tell_nothing_are_not_drawn(made_up: type[MadeUp]) -> Non
         )
     )
     assert importance.importance(noise) is None
-    assert "importance.png" not in dict(pictures(noise))
+    assert "importance.png" not in dict(pictures(noise, None))
+
+
+def test_trials_that_were_stopped_early_take_part(made_up: type[MadeUp]) -> None:
+    """Here the bad choice was never measured to the end, so that the others tell nothing."""
+    whole = decided(made_up, "criterion")
+    records = []
+    for record in whole.records:
+        assert isinstance(record.outcome, Completed)
+        metrics = record.outcome.metrics
+        if record.candidate.criterion == "taylor":
+            record = replace(record, outcome=Stopped(metrics, 0.1))
+        records.append(record)
+    raced = replace(whole, records=tuple(records))
+    completed = [one for one in records if isinstance(one.outcome, Completed)]
+    assert len(completed) >= importance.LEAST_TRIALS
+    assert importance.importance(replace(whole, records=tuple(completed))) is None
+    assert importance.importance(raced) == importance.importance(whole)
 
 
 def test_every_picture_is_drawn(made_up: type[MadeUp]) -> None:
-    drawn = dict(pictures(decided(made_up, "criterion")))
+    view = decided(made_up, "criterion")
+    drawn = dict(pictures(view, importance.importance(view)))
     names = ("front", "architecture", "ratios", "hypervolume", "importance")
     assert list(drawn) == [f"{name}.png" for name in names]
     for figure in drawn.values():

@@ -42,8 +42,8 @@ def folder(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares a test the plots."""
-    monkeypatch.setattr(page, "front_page", lambda view: "")
-    monkeypatch.setattr(tracking, "pictures", lambda view: [])
+    monkeypatch.setattr(page, "front_page", lambda view, found: "")
+    monkeypatch.setattr(tracking, "pictures", lambda view, found: [])
 
 
 def curve_of(history: list[Metric]) -> list[tuple[int, float]]:
