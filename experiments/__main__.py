@@ -115,8 +115,12 @@ def search(
         ),
     ] = None,
     sampler: Annotated[
-        str, typer.Option(help="damage, or Optuna's tpe, nsga2, nsga3, gp or random.")
-    ] = "damage",
+        str | None,
+        typer.Option(
+            help="damage, or Optuna's tpe, nsga2, nsga3, gp or random; everything has none.",
+            show_default="damage",
+        ),
+    ] = None,
     finetune: Annotated[
         int,
         typer.Option(
@@ -124,8 +128,9 @@ def search(
         ),
     ] = 0,
     top: Annotated[
-        int, typer.Option(metavar="K", help="How many of the front are fine-tuned.")
-    ] = 3,
+        int | None,
+        typer.Option(metavar="K", help="How many of the front are fine-tuned.", show_default="3"),
+    ] = None,
     distill: Annotated[
         bool, typer.Option("--distill", help="Let them learn from the dense network, too.")
     ] = False,

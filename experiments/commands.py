@@ -46,6 +46,8 @@ from paretoprune.search.weights import FOLDER as WEIGHTS
 from paretoprune.search.weights import write_weights
 from paretoprune.surgery import trace
 
+TOP = 3
+"""How many of the front are fine-tuned by default."""
 DENSE_FILE = "dense.safetensors"
 """In the run folder: the dense weights, where they came from no file."""
 
@@ -60,7 +62,7 @@ class SearchOptions:
     weights: str | None = None
     trials: int = 100
     criteria: str | None = None
-    sampler: str = "damage"
+    sampler: str | None = None
     seed: int = 0
     workers: int | None = None
     address: str | None = None
@@ -69,7 +71,7 @@ class SearchOptions:
     storage: str | None = None
     strategy: str = "optuna"
     finetune: int = 0
-    top: int = 3
+    top: int | None = None
     distil: bool = False
     recovery: int = 0
     report: str = ""
@@ -87,21 +89,25 @@ class SearchOptions:
             checks.check_name("criterion", name, CRITERIA)
         if self.strategy == "everything":
             checks.check_steps(names)
-        checks.check_sampler(self.sampler)
+        checks.check_used(self.strategy, self.sampler, self.recovery)
+        checks.check_sampler(self.sampler or checks.DAMAGE)
         checks.check_count("--trials", self.trials, 1)
         checks.check_count("--seed", self.seed, 0)
         checks.check_count("--workers", self.workers or 0, 0)
         checks.check_workers(self.workers, self.gpus_per_trial, self.trial_timeout)
         checks.check_count("--finetune", self.finetune, 0)
-        checks.check_count("--top", self.top, 1)
+        checks.check_count("--top", TOP if self.top is None else self.top, 1)
         checks.check_count("--recovery", self.recovery, 0)
         reports = [name.strip() for name in self.report.split(",") if name.strip()]
         for name in reports:
             checks.check_name("report of a search", name, ("energy",))
         if reports:
             check_energy()
-        if self.recovery and self.strategy != "everything":
-            raise ValueError("--recovery trains the candidates of --strategy everything alone.")
+        if self.top is not None and not self.finetune:
+            raise ValueError(
+                f"--top {self.top} says how many are fine-tuned, but none are: give --finetune "
+                f"EPOCHS, or leave --top out."
+            )
         if self.distil and not self.finetune and not self.recovery:
             raise ValueError("--distill needs a training: give --finetune EPOCHS.")
         return RunSpec(
@@ -111,10 +117,10 @@ class SearchOptions:
             criteria=names,
             data=_anchored(self.data),
             weights=_absolute(self.weights),
-            sampler=self.sampler,
+            sampler=None if self.strategy == "everything" else self.sampler or checks.DAMAGE,
             strategy=self.strategy,
             finetune=self.finetune,
-            top=self.top,
+            top=TOP if self.top is None else self.top,
             distil=self.distil,
             recovery=self.recovery,
             energy=bool(reports),
@@ -222,7 +228,7 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
                 spec.trials,
                 strategy=spec.strategy,
                 criteria=spec.criteria,
-                sampler=spec.sampler,
+                sampler=None if spec.strategy == "everything" else spec.sampler,  # older name one
                 finetuning=finetuning,
                 seed=spec.seed,
                 workers=spec.workers,

@@ -47,7 +47,7 @@ class RunSpec:
         criteria: Names of the criteria in the search space.
         data: Data reference; None takes the recipe's.
         weights: Path of the trained weights; None takes the recipe's.
-        sampler: Name of the sampler.
+        sampler: Name of the sampler; None where the strategy has none.
         strategy: `optuna` or `everything`.
         finetune: Epochs that the best of the front are fine-tuned for.
         top: How many of the front are fine-tuned.
@@ -70,7 +70,7 @@ class RunSpec:
     criteria: tuple[str, ...]
     data: str | None = None
     weights: str | None = None
-    sampler: str = "tpe"
+    sampler: str | None = "tpe"
     strategy: str = "optuna"
     finetune: int = 0
     top: int = 3

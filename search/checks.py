@@ -63,6 +63,29 @@ def check_sampler(name: str) -> None:
     check_name("sampler", name, SAMPLERS)
 
 
+def check_used(strategy: str, sampler: str | None, recovery: int) -> None:
+    """Verifies that nothing was given that the strategy would not use.
+
+    Args:
+        strategy: `optuna` or `everything`.
+        sampler: As it was given; None where it was not.
+        recovery: Epochs for every candidate.
+
+    Raises:
+        ValueError: If something was.
+    """
+    if strategy == "everything" and sampler is not None:
+        raise ValueError(
+            f"the strategy everything decides without a sampler, but got {sampler!r}; leave it "
+            f"out, or take the strategy optuna."
+        )
+    if strategy != "everything" and recovery:
+        raise ValueError(
+            f"recovery trains the candidates of the strategy everything alone, but got {recovery} "
+            f"epochs with the strategy {strategy}; the best of the front are trained for epochs."
+        )
+
+
 def check_address(address: str | None, workers: int | None) -> None:
     """Verifies that there is a cluster at `address` to evaluate on; None is this machine.
 

@@ -62,7 +62,7 @@ class Finetuning:
         recovery: Passes over the training data for every candidate of the strategy `everything`.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or nothing is trained.
     """
 
     train: Trainer
@@ -75,6 +75,10 @@ class Finetuning:
             if getattr(self, name) < least:
                 value = getattr(self, name)
                 raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
+        if not self.epochs and not self.recovery:
+            raise ValueError(
+                "`epochs` and `recovery` are both 0, so nothing would be trained; give one."
+            )
 
 
 def train_and_keep(

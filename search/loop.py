@@ -41,7 +41,7 @@ def search(
     strategy: str = "optuna",
     criteria: Sequence[str] | Mapping[str, Criterion] | None = None,
     objectives: Sequence[str] = ("loss", "macs"),
-    sampler: str = "damage",
+    sampler: str | None = None,
     finetuning: Finetuning | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -76,7 +76,7 @@ def search(
         objectives: Names of the metrics to optimise, two or more: `loss`, `accuracy`, `macs`,
             `params`, `cka` (similarity of the last features to the dense network's).
         sampler: `damage` (see `search.damage`), or Optuna's `tpe`, `nsga2`, `nsga3`, `gp` or
-            `random`.
+            `random`; None takes `damage`. `everything` has none.
         finetuning: Trains the best of the front after the last trial, and the candidates of
             `everything` as they are made; None trains nothing.
         seed: Seed of the sampler and of every evaluation; with one worker the same seed gives the
@@ -99,7 +99,8 @@ def search(
             known) before the first trial.
 
     Raises:
-        ValueError: If an argument is out of range, or the data does not fit the model.
+        ValueError: If an argument is out of range or would not be used, or the data does not fit
+            the model.
         InfeasibleBudget: If no plan meets the target; names the smallest reachable MACs.
         UnsupportedModel: If the network cannot be traced.
         ConnectionError: If no cluster answers at `address`.
@@ -113,8 +114,10 @@ def search(
     checks.check_count("seed", seed, 0)
     checks.check_workers(workers, gpus_per_trial, trial_timeout)
     checks.check_objectives(objectives)
-    checks.check_sampler(sampler)
     checks.check_name("strategy", strategy, DEFAULTS)
+    checks.check_used(strategy, sampler, 0 if finetuning is None else finetuning.recovery)
+    sampler = sampler or checks.DAMAGE
+    checks.check_sampler(sampler)
     named = checks.criteria_by_name(DEFAULTS[strategy] if criteria is None else criteria)
     if strategy == "everything":
         checks.check_steps(named, objectives)

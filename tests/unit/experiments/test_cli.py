@@ -109,6 +109,22 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         [*SEARCH, "--flops", "50%", "--sampler", "best"],
         "unknown sampler 'best'; available: damage, tpe",
     ),
+    "a sampler for a strategy that has none": (
+        [*SEARCH, "--flops", "50%", "--strategy", "everything", "--sampler", "damage"],
+        "the strategy everything decides without a sampler, but got 'damage'",
+    ),
+    "a number of networks that are not fine-tuned": (
+        [*SEARCH, "--flops", "50%", "--top", "3"],
+        "--top 3 says how many are fine-tuned, but none are: give --finetune EPOCHS",
+    ),
+    "distillation without training": (
+        [*SEARCH, "--flops", "50%", "--distill"],
+        "--distill needs a training: give --finetune EPOCHS",
+    ),
+    "recovery of candidates that are not trained": (
+        [*SEARCH, "--flops", "50%", "--recovery", "5"],
+        "recovery trains the candidates of the strategy everything alone, but got 5 epochs",
+    ),
     "workers below none": ([*SEARCH, "--flops", "50%", "--workers", "-1"], "--workers must be"),
     "a time limit without workers": (
         [*SEARCH, "--flops", "50%", "--workers", "0", "--trial-timeout", "9"],

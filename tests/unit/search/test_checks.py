@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from paretoprune.criteria import CRITERIA
-from paretoprune.search import Problem, search
+from paretoprune.search import Finetuning, Problem, search
 from paretoprune.search.checks import check_problem, criteria_by_name
 from paretoprune.search.objectives import chance_loss, objectives_of
 from paretoprune.surgery import Cost
 
 DENSE = Cost(macs=100, params=10)
+
+
+def never(network: nn.Module, **_settings: Any) -> nn.Module:
+    """A trainer that is not called."""
+    raise AssertionError
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,14 @@ DENSE = Cost(macs=100, params=10)
         (
             {"sampler": "tps"},
             "unknown sampler 'tps'; available: damage, tpe, nsga2, nsga3, gp, random",
+        ),
+        (
+            {"sampler": "tpe", "strategy": "everything"},
+            "the strategy everything decides without a sampler, but got 'tpe'",
+        ),
+        (
+            {"finetuning": Finetuning(never, epochs=1, recovery=2)},
+            "recovery trains the candidates of the strategy everything alone, but got 2 epochs",
         ),
         ({"objectives": ("loss", "flops")}, "unknown objective 'flops'; available: loss, "),
         ({"objectives": ("loss",)}, r"two or more different objectives, but got \['loss'\]"),

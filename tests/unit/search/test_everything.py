@@ -67,7 +67,7 @@ def run(
         trials,
         strategy="everything",
         criteria=CRITERION,
-        finetuning=Finetuning(trainer, recovery=recovery),
+        finetuning=Finetuning(trainer, recovery=recovery) if recovery else None,
         workers=0,
         run_dir=run_dir,
         listeners=[Stopping(stop)],

@@ -339,6 +339,11 @@ def test_numbers_out_of_range(problem: Problem, field: str, value: int) -> None:
         Finetuning(trainer, **{field: value})
 
 
+def test_a_fine_tuning_of_nothing(problem: Problem) -> None:
+    with pytest.raises(ValueError, match="both 0, so nothing would be trained"):
+        Finetuning(FineTuner([*problem.calibration]), top=2)
+
+
 def test_a_problem_without_training_data_is_told(problem: Problem) -> None:
     with pytest.raises(ValueError, match="'noise' has none; give its field `training`"):
         FineTuner.of(problem, distil=False)
