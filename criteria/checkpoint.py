@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from paretoprune.criteria.drafts import drafted
 
 _OPTIMIZER = "optimizer/"
 
@@ -46,17 +47,31 @@ class Checkpoint:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"{_OPTIMIZER}{key}/{name}"] = value
-        draft = self.file.with_suffix(f".draft{os.getpid()}")  # a killed driver's worker lingers
         whole = {name: value.contiguous().clone() for name, value in tensors.items()}
-        save_file(whole, draft, metadata={"key": self.key, "epochs": str(epochs)})
-        draft.replace(self.file)
+        with drafted(self.file) as draft:
+            save_file(whole, draft, metadata={"key": self.key, "epochs": str(epochs)})
 
-    def read(self, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-        """Takes over what `write` wrote; returns how many epochs are done, 0 without a file."""
+    def read(
+        self,
+        networks: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        progress: Callable[[str], None],
+    ) -> int:
+        """Takes over what `write` wrote; returns how many epochs are done, 0 without a file.
+
+        Args:
+            networks: As they were given to `write`.
+            optimizer: Likewise.
+            progress: Receives a line where the file is that of another training.
+        """
         try:
             with safe_open(self.file, "pt") as stored:
                 noted = stored.metadata() or {}
                 if noted.get("key") != self.key:
+                    progress(
+                        f"{self.file} is of a training with another network, other data or other "
+                        f"settings; it is not taken, and this one begins anew"
+                    )
                     return 0
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):  # not there, or half written when power was lost

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,6 +27,34 @@ def of_batches(batches: Iterable[tuple[Any, Tensor]]) -> str:
         for number, batch in enumerate(batches)
         for place, leaf in enumerate(torch.utils._pytree.tree_leaves(batch))
     )
+
+
+def of_setting(setting: object) -> str:
+    """Returns a text of a setting that a training has, the same in every process.
+
+    Functions are told by their name, their code and what is bound to them; other things by how
+    they show themselves, without their address in memory.
+    """
+    match setting:
+        case partial():
+            parts: list[object] = [setting.func, *setting.args, *setting.keywords.items()]
+        case FunctionType():
+            code = setting.__code__
+            constants = [one for one in code.co_consts if not isinstance(one, CodeType)]
+            bound = [cell.cell_contents for cell in setting.__closure__ or ()]
+            parts = [code.co_code.hex(), code.co_names, *constants, setting.__defaults__, *bound]
+            parts = [setting.__module__, setting.__qualname__, *parts]
+        case MethodType():
+            parts = [setting.__func__, setting.__self__]
+        case tuple():
+            parts = [*setting]
+        case nn.Module():
+            parts = [repr(setting), of_model(setting)]
+        case Tensor():
+            return _digest([("", setting)])
+        case _:
+            return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(setting))
+    return _digest((str(at), of_setting(part)) for at, part in enumerate(parts))
 
 
 def _digest(items: Iterable[tuple[str, Any]]) -> str:

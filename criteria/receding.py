@@ -216,9 +216,9 @@ def recede(
     rates = [group["lr"] for group in optimizer.param_groups]
     kept = None
     if checkpoint is not None:
-        key = [fingerprint.of_model(model), repr(settings), length_hint(batches)]
-        kept = Checkpoint(checkpoint, json.dumps(key))
-    done = 0 if kept is None else kept.read({"state": network}, optimizer)
+        named = [repr(settings), length_hint(batches), fingerprint.of_setting(loss)]
+        kept = Checkpoint(checkpoint, json.dumps([fingerprint.of_model(model), *named]))
+    done = 0 if kept is None else kept.read({"state": network}, optimizer, progress)
     devices = range(torch.cuda.device_count())
     for epoch in range(settings.epochs):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from paretoprune.criteria import fingerprint
 from paretoprune.experiments.sources import ImageArray, Source, float32
 from paretoprune.search.problem import Batch
 
@@ -79,6 +80,14 @@ class TrainingBatches:
         self._batch_size = min(batch_size, len(indices))
         self._seed = seed
         self._next = 0
+
+    def __repr__(self) -> str:
+        """Returns what an epoch depends on, beside the examples themselves."""
+        taken = fingerprint.of_setting(self._indices)
+        return (
+            f"<TrainingBatches: {len(self._indices)} of {len(self._source)} examples ({taken}), "
+            f"batches of {self._batch_size}, seed {self._seed}>"
+        )
 
     def __len__(self) -> int:
         return len(self._indices) // self._batch_size

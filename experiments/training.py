@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -120,8 +120,10 @@ def train(
         teacher: Whose outputs are distilled, with the weight of `training`; on the same device.
         penalty: Of the network, added to the loss of every batch.
         checkpoint: File that is written after every epoch; where it is there, for the same
-            network and settings, training goes on from it. Epochs that are done are read again
-            where the batches are not `NumberedEpochs`.
+            network, settings, losses and data, training goes on from it; that of another training
+            is not taken, and a line says so. Data are compared by their number of batches, and by
+            their first batch if they are a sequence or by how they show themselves if not. Epochs
+            that are done are read again where the batches are not `NumberedEpochs`.
         progress: Receives a line per epoch, with images per second and the time left.
 
     Raises:
@@ -134,10 +136,10 @@ def train(
     run = _Run(model, training, _loss(training, loss, teacher), penalty, len(batches))
     kept = None
     if checkpoint is not None:
-        teaches = None if teacher is None else fingerprint.of_model(teacher)
-        key = json.dumps([fingerprint.of_model(model), repr(training), len(batches), teaches])
-        kept = Checkpoint(checkpoint, key)
-    done = 0 if kept is None else kept.read(run.networks, run.optimizer)
+        given = (training, loss, penalty, teacher, len(batches), _data(batches))
+        key = [fingerprint.of_model(model), *map(fingerprint.of_setting, given)]
+        kept = Checkpoint(checkpoint, json.dumps(key))
+    done = 0 if kept is None else kept.read(run.networks, run.optimizer, progress)
     started = time.monotonic()
     with _repeatable(run.device):
         for epoch in range(training.epochs):
@@ -162,6 +164,13 @@ def train(
                 f"{left:.0f} s left"
             )
     return run.result()
+
+
+def _data(batches: Epochs) -> str:
+    """Returns what tells training data apart, without reading an epoch, which may be drawn."""
+    if isinstance(batches, Sequence):
+        return fingerprint.of_batches([batches[0]])
+    return fingerprint.of_setting(batches)
 
 
 class _Run:

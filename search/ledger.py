@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from paretoprune.criteria.drafts import drafted
 from paretoprune.search.evaluation import Evaluate, attempt
 from paretoprune.search.record import Outcome, outcome_from_json, outcome_to_json
 from paretoprune.surgery import PruningPlan
@@ -109,10 +109,5 @@ class Ledger:
     def write(self, key: str, outcome: Outcome) -> None:
         """Writes an outcome whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".{key}.{os.getpid()}"
-        try:
+        with drafted(self.folder / f"{key}.json") as draft:
             draft.write_text(json.dumps(outcome_to_json(outcome)))
-            draft.replace(self.folder / f"{key}.json")
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise

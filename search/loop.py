@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from paretoprune.criteria import Criterion
+from paretoprune.criteria.drafts import remove_dead_drafts
 from paretoprune.search import checks
 from paretoprune.search.errors import SearchInterrupted
 from paretoprune.search.finetuning import Finetuning
@@ -20,7 +21,8 @@ from paretoprune.search.problem import Problem
 from paretoprune.search.record import Record
 from paretoprune.search.saliency import Progress, silent
 from paretoprune.search.searcher import Executor, run_inline
-from paretoprune.search.stages import Stage, Stages
+from paretoprune.search.stages import EVALUATIONS, Stage, Stages
+from paretoprune.search.weights import FOLDER
 
 if TYPE_CHECKING:  # `import paretoprune.search` must not import optuna
     from paretoprune.search.study import Study
@@ -129,6 +131,8 @@ def search(
         stack.enter_context(_database_failures(storage or folder))
         study = _open(storage, folder, request, sampler, seed)
         stack.callback(study.close)
+        for name in (EVALUATIONS, FOLDER):  # this is the only driver now
+            remove_dead_drafts(folder / name)
         run = Stages(problem, request, folder, study, sampler, seed, finetuning, progress)
         info, trials_of = run.steps() if strategy == "everything" else run.trials()
         following = _Following(info, listeners)

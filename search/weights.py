@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from paretoprune.criteria.drafts import drafted
 from paretoprune.search.ledger import key_of
 from paretoprune.search.record import LAYER, NEURONS, Record
 from paretoprune.surgery import PruningGraph, PruningPlan, prune
@@ -72,13 +72,12 @@ class Weights:
 
 def write_weights(network: nn.Module, file: Path) -> None:
     """Writes the weights of a network into a file, whole or not at all."""
-    draft = file.with_suffix(f".draft{os.getpid()}")  # a killed driver's worker lingers
     state = {
         name: value.detach().cpu().contiguous().clone()
         for name, value in network.state_dict().items()
     }
-    save_file(state, draft)
-    draft.replace(file)
+    with drafted(file) as draft:
+        save_file(state, draft)
 
 
 def trained_weights(record: Record) -> str | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paretoprune.experiments.sources import ImageArray
@@ -130,9 +131,9 @@ PIXELS = torch.randint(
 )
 
 
-def small_images(kind: type[TrainingBatches] = TrainingBatches) -> Any:
+def small_images(kind: type[TrainingBatches] = TrainingBatches, seed: int = 5) -> Any:
     source = ImageArray(PIXELS, torch.arange(48) % 3, (0.5,), (0.5,), shift=1)
-    return kind(source, torch.arange(48), 16, seed=5)
+    return kind(source, torch.arange(48), 16, seed=seed)
 
 
 def convolutional(channels: int = 4) -> nn.Module:
@@ -206,6 +207,65 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])  # power was lost
     found = train(convolutional(), small_images(), settings, checkpoint=file)
     assert torch.equal(fresh.state_dict()["0.weight"], found.state_dict()["0.weight"])
+
+
+def scaled_loss(outputs: Tensor, targets: Tensor, by: float = 1.0) -> Tensor:
+    return by * F.cross_entropy(outputs, targets)
+
+
+def of_scale(by: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda outputs, targets: by * F.cross_entropy(outputs, targets)
+
+
+def squares(model: nn.Module) -> Tensor:
+    return torch.stack([one.square().sum() for one in model.parameters()]).sum()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"loss": partial(scaled_loss, by=2.0)}, {"loss": None}),
+        ({"loss": scaled_loss}, {"loss": partial(scaled_loss, by=3.0)}),
+        ({"loss": partial(scaled_loss, by=2.0)}, {"loss": partial(scaled_loss, by=3.0)}),
+        ({"loss": of_scale(2.0)}, {"loss": of_scale(3.0)}),
+        (
+            {"loss": lambda outputs, targets: 2 * F.cross_entropy(outputs, targets)},
+            {"loss": lambda outputs, targets: 3 * F.cross_entropy(outputs, targets)},
+        ),
+        ({"penalty": squares}, {"penalty": None}),
+        ({"batches": small_images(seed=1)}, {"batches": small_images(seed=2)}),
+        ({"batches": small_images()}, {"batches": small_images().resized(36, 12)}),
+        ({"batches": [*small_images()]}, {"batches": [*small_images().epoch(1)]}),
+    ],
+)
+def test_what_a_training_depends_on_tells_its_checkpoint_apart(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    settings, file = Training(epochs=1, learning_rate=0.1), tmp_path / "part"
+
+    def trained(given: dict[str, Any], checkpoint: Path | None = None) -> Tensor:
+        batches = given.get("batches", small_images())
+        others = {name: value for name, value in given.items() if name != "batches"}
+        model = train(
+            convolutional(),
+            batches,
+            settings,
+            checkpoint=checkpoint,
+            progress=lines.append,
+            **others,
+        )
+        weight: Tensor = model.state_dict()["0.weight"]
+        return weight
+
+    lines: list[str] = []
+    trained(before, file)
+    lines.clear()
+    trained(before, file)
+    assert lines == []  # its own is taken: no epoch is trained
+    found = trained(after, file)
+    assert "not taken, and this one begins anew" in lines[0]
+    assert torch.equal(found, trained(after))
+    assert not torch.equal(found, trained(before))
 
 
 def test_distillation_is_the_divergence_of_softened_outputs() -> None:
