@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from paretoprune.criteria.drafts import drafted
+from paretoprune.surgery.progress import Lines
 
 _OPTIMIZER = "optimizer/"
 
@@ -55,7 +56,7 @@ class Checkpoint:
         self,
         networks: Mapping[str, nn.Module],
         optimizer: torch.optim.Optimizer,
-        progress: Callable[[str], None],
+        progress: Lines,
     ) -> int:
         """Takes over what `write` wrote; returns how many epochs are done, 0 without a file.
 

@@ -39,6 +39,7 @@ from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.statistics import Loss
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.program import as_call
+from paretoprune.surgery.progress import Lines, silent
 
 _ROOM = 0.95  # the largest scale of a converted norm: sigmoid(gamma) reaches 1 nowhere
 _SMALLEST = 1e-4
@@ -178,7 +179,7 @@ def recede(
     settings: Receding,
     *,
     checkpoint: Path | None = None,
-    progress: Callable[[str], None] = lambda _line: None,
+    progress: Lines = silent,
 ) -> nn.Module:
     """Returns a copy of a network after sparsity training, with plain BatchNorms, in eval mode.
 

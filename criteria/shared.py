@@ -11,12 +11,9 @@ from torch.nn import functional as F
 from paretoprune.criteria import fingerprint
 from paretoprune.criteria.statistics import Loss, Statistics, statistics
 from paretoprune.surgery import PruningGraph
+from paretoprune.surgery.progress import Parts, silent
 
 Measured = TypeVar("Measured")
-
-
-def _silent(_done: int, _total: int) -> None:
-    """Shows no progress."""
 
 
 class SharedCalibration:
@@ -39,7 +36,7 @@ class SharedCalibration:
     ) -> None:
         self.batches = batches
         self.loss = loss
-        self.progress: Callable[[int, int], None] = _silent
+        self.progress: Parts = silent
         self._batches = 0  # as many as the last whole pass had
         self._known: dict[str, Any] = {}
         self._of: tuple[str, PruningGraph] | None = None

@@ -16,7 +16,7 @@ from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Batch
-from paretoprune.search.saliency import Progress, Scores, saliencies, silent
+from paretoprune.search.saliency import Scores, saliencies
 from paretoprune.surgery import (
     InfeasibleBudget,
     PruningGraph,
@@ -26,6 +26,7 @@ from paretoprune.surgery import (
     recalibrate,
     trace,
 )
+from paretoprune.surgery.progress import Progress, silent
 
 Recovery = Literal["plain", "recalibrated", "reconstructed"]
 RECOVERIES: tuple[Recovery, ...] = ("plain", "recalibrated", "reconstructed")

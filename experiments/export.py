@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,6 @@ from paretoprune.experiments.runs import library_versions
 from paretoprune.search import Batch, Completed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.metrics import evaluate, forward
-from paretoprune.search.saliency import Progress, silent
 from paretoprune.search.weights import FINETUNED, Weights, trained_weights
 from paretoprune.surgery import (
     Cost,
@@ -35,6 +34,7 @@ from paretoprune.surgery import (
     save,
     trace,
 )
+from paretoprune.surgery.progress import Parts, Progress, silent
 
 _TOLERANCE = 1e-5
 """Largest relative difference between the outputs of the network and of its reloaded copy."""
@@ -201,7 +201,7 @@ def _network(
     record: Record,
     weights: Weights | None,
     seed: int,
-    progress: Callable[[int, int], None],
+    progress: Parts,
 ) -> nn.Module:
     """Returns the network of a record: with its trained weights, or rebuilt from its plan."""
     assert record.plan is not None

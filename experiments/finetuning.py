@@ -16,6 +16,7 @@ from paretoprune.search import Problem
 from paretoprune.search.evaluation import on_device
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Epochs
+from paretoprune.surgery.progress import Lines
 
 FINETUNING = Training(epochs=1, learning_rate=0.02, warmup=0.05, average=0.0)
 """From weights that are nearly right: a lower rate than from scratch."""
@@ -72,7 +73,7 @@ class FineTuner:
         epochs: int,
         seed: int,
         checkpoint: Path,
-        progress: Callable[[str], None],
+        progress: Lines,
     ) -> nn.Module:
         """Returns a trained copy of a network; see `Trainer`."""
         device = device_of(network)

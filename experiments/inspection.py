@@ -17,9 +17,9 @@ from paretoprune.criteria import smallest_macs
 from paretoprune.experiments.progress import long_step, progress_console, results_console
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.references import LIBRARIES, library_network
-from paretoprune.experiments.training import Progress
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan, trace
+from paretoprune.surgery.progress import Lines
 
 
 def inspection(graph: PruningGraph) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def inspect(
 
 
 def _network(
-    model: str, data: str | None, weights: str | None, seed: int, progress: Progress
+    model: str, data: str | None, weights: str | None, seed: int, progress: Lines
 ) -> tuple[nn.Module, Any]:
     """Returns a network and example inputs; a library's network needs no data for that."""
     library, _, _ = model.partition(":")

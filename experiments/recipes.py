@@ -32,10 +32,11 @@ from paretoprune.experiments.splits import (
     split,
     training_batch_size_for,
 )
-from paretoprune.experiments.training import Progress, Training, silent, train
+from paretoprune.experiments.training import Training, train
 from paretoprune.search.checks import check_problem
 from paretoprune.search.metrics import evaluating, forward
 from paretoprune.search.problem import Problem
+from paretoprune.surgery.progress import Lines, silent
 
 DATA_VARIABLE = "PARETOPRUNE_DATA"
 """Environment variable: a folder with data/cifar10 and checkpoints/ for the CIFAR recipes."""
@@ -47,11 +48,11 @@ class Recipe(Protocol):
     """A function from the command line's options to a problem; it may leave options out."""
 
     def __call__(
-        self, *, data: str | None, weights: str | None, seed: int, progress: Progress
+        self, *, data: str | None, weights: str | None, seed: int, progress: Lines
     ) -> Problem: ...
 
 
-def digits(*, data: str | None, weights: str | None, seed: int, progress: Progress) -> Problem:
+def digits(*, data: str | None, weights: str | None, seed: int, progress: Lines) -> Problem:
     """Returns a ResNet-14 for scikit-learn's digits, trained on the spot in seconds.
 
     The search split takes no part in the training.
@@ -77,7 +78,7 @@ def digits(*, data: str | None, weights: str | None, seed: int, progress: Progre
 
 
 def cifar10_resnet(
-    depth: int, *, data: str | None, weights: str | None, seed: int, progress: Progress
+    depth: int, *, data: str | None, weights: str | None, seed: int, progress: Lines
 ) -> Problem:
     """Returns a trained ResNet for CIFAR-10.
 
@@ -123,7 +124,7 @@ def build_problem(
     data: str | None = None,
     weights: str | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Lines = silent,
 ) -> Problem:
     """Returns the problem that a recipe, or a network with data, stands for.
 
@@ -157,7 +158,7 @@ def build_problem(
 
 
 def _from_library(
-    reference: str, data: str | None, weights: str | None, seed: int, progress: Progress
+    reference: str, data: str | None, weights: str | None, seed: int, progress: Lines
 ) -> Problem:
     """Returns the problem of a network of torchvision or timm."""
     opened = _opened(reference, data, seed)
@@ -170,7 +171,7 @@ def _from_library(
 
 
 def _from_function(
-    reference: str, data: str | None, weights: str | None, seed: int, progress: Progress
+    reference: str, data: str | None, weights: str | None, seed: int, progress: Lines
 ) -> Problem:
     """Returns the problem of a function that makes one, or of a function that makes a network."""
     function = import_reference(reference)

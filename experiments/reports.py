@@ -14,7 +14,7 @@ from paretoprune.experiments.formats import count_examples
 from paretoprune.experiments.robustness import images_of, robustness, summary
 from paretoprune.search import Batch, Problem
 from paretoprune.search.checks import check_name
-from paretoprune.search.saliency import Progress
+from paretoprune.surgery.progress import Progress
 
 ENERGY_SECONDS = 5.0
 """How long the energy of each network is measured."""

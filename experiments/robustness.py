@@ -19,7 +19,7 @@ from paretoprune.experiments.sources import ImageArray
 from paretoprune.experiments.splits import Batches
 from paretoprune.search.metrics import device_of, evaluate, evaluating
 from paretoprune.search.problem import Batch
-from paretoprune.search.saliency import Progress, silent
+from paretoprune.surgery.progress import Progress, silent
 
 EPSILONS = (2, 4, 8)
 """Steps of FGSM, in 1/255 of the range of pixels."""

@@ -22,15 +22,10 @@ from paretoprune.criteria import fingerprint
 from paretoprune.criteria.checkpoint import Checkpoint
 from paretoprune.search.metrics import device_of, forward
 from paretoprune.search.problem import Batch, Epochs
+from paretoprune.surgery.progress import Lines, silent
 
-Progress = Callable[[str], None]
-"""Receives one line of text per step of a long job."""
 Loss = Callable[[Any, Tensor], Tensor]
 """(outputs, targets) -> scalar mean loss."""
-
-
-def silent(_line: str) -> None:
-    """Shows no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +97,7 @@ def train(
     teacher: nn.Module | None = None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     checkpoint: Path | None = None,
-    progress: Progress = silent,
+    progress: Lines = silent,
 ) -> nn.Module:
     """Returns a trained copy of a network, in eval mode; the network itself is left untouched.
 

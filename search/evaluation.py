@@ -23,7 +23,8 @@ from paretoprune.search.problem import Batch, Problem
 from paretoprune.search.racing import dominated, estimated
 from paretoprune.search.record import Completed, Failed, Outcome, Stopped
 from paretoprune.surgery import PruningGraph, PruningPlan, Reconstructor, prune
-from paretoprune.surgery.inputs import Progress, gather_inputs
+from paretoprune.surgery.inputs import gather_inputs
+from paretoprune.surgery.progress import Parts
 
 SIMILAR_IMAGES = 512
 """Examples on which a candidate is compared with the dense network."""
@@ -159,7 +160,7 @@ class Evaluator:
             return Stopped({"loss": estimated(measured.losses, rival), **costs}, 0.0)
         return Completed({**metrics, **costs}, 0.0, measured.losses)
 
-    def network(self, plan: PruningPlan, seed: int, progress: Progress | None = None) -> nn.Module:
+    def network(self, plan: PruningPlan, seed: int, progress: Parts | None = None) -> nn.Module:
         """Returns the pruned and reconstructed network of a plan.
 
         Args:

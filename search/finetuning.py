@@ -24,6 +24,7 @@ from paretoprune.search.problem import Objective, Problem
 from paretoprune.search.record import BEFORE, TAKEN, Completed, Failed, Outcome, Record
 from paretoprune.search.weights import FINETUNED, Weights, trained_weights
 from paretoprune.surgery import PruningGraph, PruningPlan
+from paretoprune.surgery.progress import Lines
 
 
 class Trainer(Protocol):
@@ -36,7 +37,7 @@ class Trainer(Protocol):
         epochs: int,
         seed: int,
         checkpoint: Path,
-        progress: Callable[[str], None],
+        progress: Lines,
     ) -> nn.Module:
         """Returns a trained copy of a network, in eval mode.
 

@@ -19,10 +19,10 @@ from paretoprune.search.listener import Listener, SearchInfo
 from paretoprune.search.prepare import Request
 from paretoprune.search.problem import Problem
 from paretoprune.search.record import Record
-from paretoprune.search.saliency import Progress, silent
 from paretoprune.search.searcher import Executor, run_inline
 from paretoprune.search.stages import EVALUATIONS, Stage, Stages
 from paretoprune.search.weights import FOLDER
+from paretoprune.surgery.progress import Progress, silent
 
 if TYPE_CHECKING:  # `import paretoprune.search` must not import optuna
     from paretoprune.search.study import Study

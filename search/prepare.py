@@ -18,15 +18,10 @@ from paretoprune.search.listener import SearchInfo
 from paretoprune.search.metrics import device_of, evaluate
 from paretoprune.search.objectives import chance_loss, objectives_of
 from paretoprune.search.problem import Problem
-from paretoprune.search.saliency import (
-    Progress,
-    Saliencies,
-    blocks_by_damage,
-    saliencies,
-    silent,
-)
+from paretoprune.search.saliency import Saliencies, blocks_by_damage, saliencies
 from paretoprune.search.space import SearchSpace
 from paretoprune.surgery import Cost, PruningGraph, PruningPlan, trace
+from paretoprune.surgery.progress import Progress, silent
 
 if TYPE_CHECKING:  # the study imports optuna, which `import paretoprune.search` must not
     from paretoprune.search.study import Study

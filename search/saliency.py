@@ -20,19 +20,14 @@ from paretoprune.criteria import fingerprint as fingerprints
 from paretoprune.search.metrics import evaluate
 from paretoprune.search.problem import Batch
 from paretoprune.surgery import PruningGraph, PruningPlan, prune
+from paretoprune.surgery.progress import Progress, silent
 
 BLOCK_IMAGES = 256
 """Examples on which the damage of losing a block is measured."""
-Progress = Callable[[str, int, int], None]
-"""Called with (what is measured, parts done, parts in all or 0 where that is not known)."""
 Saliencies = Mapping[str, Mapping[str, Tensor]]
 """By criterion, by group: shape (group.size,)."""
 BlockSaliencies = Mapping[str, Mapping[str, float]]
 """By criterion, by removable block, on the scale of the units."""
-
-
-def silent(_what: str, _done: int, _total: int) -> None:
-    """Shows no progress."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from paretoprune.search.listener import SearchInfo
 from paretoprune.search.prepare import Request, prepare, prepare_steps
 from paretoprune.search.problem import Problem
 from paretoprune.search.record import Record
-from paretoprune.search.saliency import Progress
 from paretoprune.search.searcher import Decisions, Searcher, Tasks
 from paretoprune.search.weights import FOLDER, Weights
 from paretoprune.surgery import trace
+from paretoprune.surgery.progress import Progress
 
 if TYPE_CHECKING:  # the study imports optuna, which `import paretoprune.search` must not
     from paretoprune.search.study import Study

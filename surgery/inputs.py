@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,8 +10,6 @@ from torch import Tensor
 
 Batches = Iterable[tuple[Any, Tensor]]
 """A re-iterable of (inputs, targets) batches."""
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
 
 
 def gather_inputs(calibration: Batches, images: int) -> Any:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from paretoprune.surgery.inputs import Batches, Progress
+from paretoprune.surgery.inputs import Batches
 from paretoprune.surgery.program import as_call
+from paretoprune.surgery.progress import Parts
 
 
 def recalibrate(
-    small: nn.Module, calibration: Batches, *, progress: Progress | None = None
+    small: nn.Module, calibration: Batches, *, progress: Parts | None = None
 ) -> nn.Module:
     """Returns a copy whose BatchNorm statistics are those of the calibration batches.
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from paretoprune.surgery.consumers import Consumer, Norm, find_consumers
 from paretoprune.surgery.execute import Execution, Values
 from paretoprune.surgery.graph import PruningGraph
-from paretoprune.surgery.inputs import Batches, Progress, gather_inputs, sample_positions
+from paretoprune.surgery.inputs import Batches, gather_inputs, sample_positions
 from paretoprune.surgery.least_squares import Geometry, patches, ridge_fit, rows
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Node
+from paretoprune.surgery.progress import Parts
 from paretoprune.surgery.static import IMAGES, SAMPLES, StaticReconstructor
 
 _FLAT = 1e-3  # a BatchNorm gain below this share of the largest one carries nothing to fit
@@ -81,7 +82,7 @@ class Reconstructor:
         Execution(self._graph).run(model, self._inputs, after=after)
 
     def __call__(
-        self, small: nn.Module, plan: PruningPlan, *, progress: Progress | None = None
+        self, small: nn.Module, plan: PruningPlan, *, progress: Parts | None = None
     ) -> nn.Module:
         """Returns a reconstructed copy of a pruned network.
 
@@ -164,7 +165,7 @@ def reconstruct(
     calibration: Batches,
     *,
     method: Literal["sequential", "static"] = "sequential",
-    progress: Progress | None = None,
+    progress: Parts | None = None,
 ) -> nn.Module:
     """Returns a copy of a pruned network, refitted without training to the dense network.
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from paretoprune.surgery.consumers import Consumer, find_consumers
 from paretoprune.surgery.execute import Execution, Values
 from paretoprune.surgery.graph import PruningGraph
-from paretoprune.surgery.inputs import Batches, Progress, gather_inputs, sample_positions
+from paretoprune.surgery.inputs import Batches, gather_inputs, sample_positions
 from paretoprune.surgery.least_squares import output_positions, patches, solve_ridge
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Node
+from paretoprune.surgery.progress import Parts
 
 IMAGES = 512
 """Calibration examples by default."""
@@ -74,7 +75,7 @@ class StaticReconstructor:
         return patches(inputs, consumer.geometry, positions)[0]
 
     def __call__(
-        self, small: nn.Module, plan: PruningPlan, *, progress: Progress | None = None
+        self, small: nn.Module, plan: PruningPlan, *, progress: Parts | None = None
     ) -> nn.Module:
         """Returns a refitted copy of a pruned network.
 

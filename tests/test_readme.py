@@ -19,7 +19,8 @@ from torch import nn
 from paretoprune.criteria import CRITERIA
 from paretoprune.experiments import recipes
 from paretoprune.experiments.__main__ import app, main
-from paretoprune.experiments.training import Progress, Training, silent, train
+from paretoprune.experiments.training import Training, train
+from paretoprune.surgery.progress import Lines, silent
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -96,7 +97,7 @@ def _trained_once() -> Iterator[None]:
     known: dict[Training, nn.Module] = {}
 
     def once(
-        model: nn.Module, batches: Any, training: Training, *, progress: Progress = silent
+        model: nn.Module, batches: Any, training: Training, *, progress: Lines = silent
     ) -> nn.Module:
         if training not in known:
             known[training] = train(model, batches, training, progress=progress)
