@@ -18,10 +18,16 @@ LARGE_EXAMPLE = 3 * 96 * 96
 
 FEWEST_EXAMPLES = 16
 
+MOST_HELD_OUT = 0.25
+"""Share of a training set that the search split takes at most: the rest calibrates and trains."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Largest numbers of examples in each split; a small training set gives fewer."""
+    """Largest numbers of examples in each split; a small training set gives fewer.
+
+    `validation` takes at most `MOST_HELD_OUT` of the training set, the others what is left.
+    """
 
     calibration: int = 1000
     recalibration: int = 2000
@@ -162,7 +168,7 @@ def split(source: Source, *, seed: int, seen: bool = False, sizes: Sizes | None 
             f"{total}."
         )
     sizes = sizes or sizes_for(source)
-    held_out = min(sizes.validation, max(total // 4, total - sizes.recalibration))
+    held_out = min(sizes.validation, int(MOST_HELD_OUT * total))
     generator = torch.Generator().manual_seed(seed)
     validation, training = _ordered(source.labels(), total, held_out, generator)
     batch_size = batch_size_for(source)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from paretoprune.criteria import fingerprint
 from paretoprune.experiments.sources import ExampleArray, ImageArray
 from paretoprune.experiments.splits import (
     LARGE_IMAGES,
@@ -46,7 +47,9 @@ def test_validation_shares_nothing_with_the_other_splits() -> None:
     [
         (40, (30, 30, 10)),
         (1347, (1000, 1011, 336)),
-        (4000, (1000, 2000, 2000)),
+        (4000, (1000, 2000, 1000)),
+        (5000, (1000, 2000, 1250)),
+        (16_000, (1000, 2000, 4000)),
         (50_000, (1000, 2000, 4000)),
     ],
 )
@@ -54,6 +57,13 @@ def test_sizes_shrink_with_the_data(total: int, expected: tuple[int, int, int]) 
     splits = split(numbered(torch.arange(total) % 10), seed=0)
     parts = (splits.calibration, splits.recalibration, splits.validation)
     assert tuple(len(positions(part)) for part in parts) == expected
+    assert len(splits.training) == total - expected[2] >= 0.75 * total
+
+
+def test_the_search_split_of_cifar_10_is_the_one_that_results_were_measured_on() -> None:
+    splits = split(numbered(torch.arange(50_000) % 10), seed=0)
+    assert len(splits.training) == 46_000
+    assert fingerprint.of_batches(splits.validation) == "200a1629ac0bf157c6c26d3089fc721d"
 
 
 def test_each_split_has_every_class_equally_often() -> None:
