@@ -216,7 +216,8 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
         typer.Exit: With status 130, if the user interrupts.
     """
     finetuning = finetuning_of(spec, problem)
-    shown = SearchProgress(progress_console(), quiet=quiet, then=_then(spec, folder))
+    steps = spec.strategy == "everything"
+    shown = SearchProgress(progress_console(), quiet=quiet, then=_then(spec, folder), steps=steps)
     tracked = MlflowListener(
         folder, spec, thop_macs=lambda: thop_macs(problem.model, problem.example_inputs)
     )
@@ -228,7 +229,7 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
                 spec.trials,
                 strategy=spec.strategy,
                 criteria=spec.criteria,
-                sampler=None if spec.strategy == "everything" else spec.sampler,  # older name one
+                sampler=None if steps else spec.sampler,  # older runs name one
                 finetuning=finetuning,
                 seed=spec.seed,
                 workers=spec.workers,

@@ -77,15 +77,26 @@ class SearchProgress:
         console: Where to show it; live if `is_live` says so.
         quiet: Shows nothing.
         then: What comes after the trials, in a few words.
+        steps: Whether the search ends once the target is met, as the strategy `everything` does,
+            and has no more than the trials that are announced.
     """
 
-    def __init__(self, console: Console, *, quiet: bool = False, then: str | None = None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        quiet: bool = False,
+        then: str | None = None,
+        steps: bool = False,
+    ) -> None:
         self._console = console
+        self._steps = steps
         self._then = then
         self._quiet = quiet
         self._view: SearchView | None = None
         self._trials = 0
         self._before = 0
+        self._way_before = 0.0
         self._begun = 0.0
         self._said = 0.0
         self._best: int | None = None
@@ -123,6 +134,7 @@ class SearchProgress:
         self._view = view = SearchView.of(info)
         self._trials = info.trials
         self._before = len(view.records)
+        self._way_before = self._way(view)
         self._begun = self._said = time.monotonic()
         if self._live is not None:
             self._live.update(self._render(view))
@@ -157,14 +169,16 @@ class SearchProgress:
 
     def _opening(self, view: SearchView) -> str:
         resumed = f", {self._before} of them done before" if self._before else ""
+        trials = f"{'at most ' if self._steps else ''}{self._trials} trials"
         return (
             f"{view.name}: {format_count(view.dense.macs)} MACs, target at most "
             f"{format_count(view.target)} ({format_percent(view.target_ratio)}), "
-            f"{self._trials} trials{resumed}{'' if self._then is None else f', {self._then}'}"
+            f"{trials}{resumed}{'' if self._then is None else f', {self._then}'}"
         )
 
     def _line(self, view: SearchView, record: Record) -> str:
-        parts = [f"[{len(view.records):>{len(str(self._trials))}}/{self._trials}]"]
+        done = f"{len(view.records):>{len(str(self._trials))}}"
+        parts = [f"[{done}]" if self._steps else f"[{done}/{self._trials}]"]
         match record.outcome:
             case Failed(error=error):
                 parts.append(f"trial {record.number} failed: {error}")
@@ -181,23 +195,38 @@ class SearchProgress:
         best = _best_row(view)
         if best is not None:
             parts.append(f"best trial {best.trial}: {_result(best)}")
-        return "  ".join([*parts, self._pace(view)])
+        if record.finetuned is None:
+            parts.append(self._pace(view))
+        return "  ".join(parts)
 
     def _pace(self, view: SearchView) -> str:
         """Returns how fast trials finish and how long the rest takes."""
         new = len(view.records) - self._before
         if not new:
             return "waiting for the first trial"
-        rate = new / max(time.monotonic() - self._begun, 1e-9)
-        left = (self._trials - len(view.records)) / rate
+        spent = max(time.monotonic() - self._begun, 1e-9)
+        rate, way = new / spent, self._way(view)
         speed = f"{rate:.1f} trials/s" if rate >= 1 else f"{1 / rate:.1f} s/trial"
-        return f"{speed}, {clock_time(left)} left"
+        if way <= self._way_before:  # nothing was won yet that time could be told from
+            return speed
+        left = spent * (1 - way) / (way - self._way_before)
+        if self._steps:  # they also end without the target
+            left = min(left, (self._trials - len(view.records)) / rate)
+        return f"{speed}, {'about ' if self._steps else ''}{clock_time(left)} left"
+
+    def _way(self, view: SearchView) -> float:
+        """Returns the share of the search that is done: of its trials, or of the MACs to go."""
+        if not self._steps:
+            return len(view.records) / self._trials
+        reached = min((row.macs for row in view.rows), default=view.dense.macs)
+        return min(1.0, (view.dense.macs - reached) / max(view.dense.macs - view.target, 1))
 
     def _render(self, view: SearchView) -> RenderableType:
         facts = Table.grid(padding=(0, 2))
         done = len(view.records)
-        bar = ProgressBar(total=self._trials, completed=done, width=40, complete_style="blue")
-        facts.add_row("trials", bar, f"{done}/{self._trials}  {self._pace(view)}")
+        bar = ProgressBar(total=1.0, completed=self._way(view), width=40, complete_style="blue")
+        count = f"{done}" if self._steps else f"{done}/{self._trials}"
+        facts.add_row("trials", bar, f"{count}  {self._pace(view)}")
         lines: list[RenderableType] = [Text(self._opening(view), style="bold"), facts]
         best = _best_row(view)
         if best is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
@@ -15,9 +16,13 @@ from paretoprune.experiments.progress import (
     reasons,
     results_console,
 )
-from paretoprune.experiments.stages import Stages
+from paretoprune.experiments.stages import Stages, clock_time
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Completed, ParetoFront, SearchInfo
+from paretoprune.search.record import LAYER
+
+if TYPE_CHECKING:
+    from tests.unit.experiments.conftest import MadeUp
 
 
 def console(*, terminal: bool, width: int = 100) -> tuple[Console, io.StringIO]:
@@ -26,14 +31,16 @@ def console(*, terminal: bool, width: int = 100) -> tuple[Console, io.StringIO]:
     return shown, out
 
 
-def play(shown: SearchProgress, view: SearchView, *, before: int = 0) -> None:
+def play(
+    shown: SearchProgress, view: SearchView, *, before: int = 0, trials: int | None = None
+) -> None:
     """Tells progress of a search whose first records are there already."""
     info = SearchInfo(
         problem=view.name,
         dense=view.dense,
         metrics=view.dense_metrics,
         target=view.target,
-        trials=len(view.records),
+        trials=trials or len(view.records),
         objectives=view.objectives,
         criteria=("l2",),
         sizes=view.sizes,
@@ -56,6 +63,32 @@ def test_a_log_gets_a_line_for_what_is_new(view: SearchView) -> None:
     assert "best trial 1: accuracy 95.00 % at 49.8 % of the MACs" in lines[3]
     assert "trial 5 failed: ValueError: not finite" in lines[4]
     assert "0:00 left" in lines[5]
+
+
+def test_steps_tell_the_time_left_by_the_macs_that_are_to_leave(
+    made_up: type[MadeUp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end at the target, here half of the MACs, and mostly long before their trials do."""
+    now = iter(range(0, 10_000, 20))  # so far apart that every trial has a line
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    losses = [(0.9 - 0.1 * at, at) for at in range(5)]  # two trials a step, 10 % of the MACs each
+    records = [
+        made_up.completed(2 * at + one, loss, 900_000 - 100_000 * at, origin=LAYER)
+        for loss, at in losses
+        for one in (0, 1)
+    ]
+    view = replace(made_up.view(*records), target=500_000)
+    target, out = console(terminal=False, width=200)
+    play(SearchProgress(target, steps=True), view, before=2, trials=100)
+    lines = out.getvalue().splitlines()
+    assert "at most 100 trials, 2 of them done before" in lines[1]
+    first, last = lines[2], lines[-1]
+    assert first.startswith("[  3]")
+    assert "/100" not in first
+    # a quarter of what was left is gone with the first new trial: three times as long is left
+    spent = float(first.split("  ")[-1].split(" s/trial")[0])
+    assert first.endswith(f"about {clock_time(3 * spent)} left")
+    assert last.endswith("about 0:00 left")
 
 
 def test_a_fine_tuning_that_made_it_worse_is_told(view: SearchView) -> None:
