@@ -29,12 +29,14 @@ class Report:
         pruned: By name.
         line: The result in a line.
         markdown: A section of the card.
+        tested: Whether it was measured on the test split.
     """
 
     dense: Mapping[str, float]
     pruned: Mapping[str, float]
     line: str
     markdown: str
+    tested: bool = False
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -77,7 +79,8 @@ def _robustness(
         "files of CIFAR-10-C)."
     )
     table = "\n".join(summary(before, after))
-    return Report(before, after, f"robust   {shown}", f"## Robustness\n\n{table}\n\n{about}")
+    section = f"## Robustness\n\n{table}\n\n{about}"
+    return Report(before, after, f"robust   {shown}", section, tested=True)
 
 
 def _energy(problem: Problem, dense: nn.Module, small: nn.Module, progress: Progress) -> Report:

@@ -64,7 +64,7 @@ class Problem:
             the network that is handed out is reconstructed once more; None for none.
         training: Training batches with the training augmentation, of which every iteration is an
             epoch, for fine-tuning; none of them is in `validation`. None where there are none.
-        test: Called once, for the final report, returns a re-iterable of test batches; None
+        test: Called for the final report alone, returns a re-iterable of test batches; None
             where there is no test split.
         loss: (outputs, targets) -> scalar mean loss.
         name: For people and file names.

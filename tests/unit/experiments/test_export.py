@@ -18,6 +18,7 @@ from paretoprune.experiments.export import export
 from paretoprune.experiments.formats import FORMATS, ExportFailed
 from paretoprune.experiments.latency import Latency, measure_latency
 from paretoprune.experiments.models import digits_resnet
+from paretoprune.experiments.reports import Report
 from paretoprune.search import Candidate, Completed, Failed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.surgery import PruningPlan, load, prune, trace
@@ -93,6 +94,21 @@ def test_the_card_states_what_was_measured(
     assert "outputs equal" in verdict(done.directory, done.dense, done.small)
     size = (tmp_path / "small" / "model.safetensors").stat().st_size
     assert abs(size - done.small.file_bytes) <= 64
+
+
+def test_the_card_says_what_else_read_the_test_split(
+    problem: Problem, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {
+        name: lambda *_given, tested=tested: Report({}, {}, "", "## More", tested=tested)
+        for name, tested in (("energy", False), ("attacks", True))
+    }
+    monkeypatch.setattr(exporting, "REPORTS", made)
+    for name, ending in (("energy", "eval mode."), ("attacks", "mode and the robustness below.")):
+        export(problem, record, tmp_path / name, reports=[name])
+        card = (tmp_path / name / "README.md").read_text()
+        assert "was read for this card alone: top-1 of both networks" in card
+        assert ending in card
 
 
 def test_another_format_is_on_the_card_and_in_the_plan(
