@@ -166,6 +166,8 @@ def _check_reachable(allowance: Allowance, target: int, removed: tuple[str, ...]
         )
     if allowance.largest <= 0.99 * target:
         reached = f"{allowance.largest:,} MACs ({allowance.largest / dense:.2%}"
+        if removed and allowance.coarse:
+            return  # as elsewhere with multiples, the plan lies further below
         if removed:
             raise InfeasibleBudget(
                 f"removing the blocks alone leaves {reached} of the dense network), more than 1 % "

@@ -64,6 +64,32 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Seed = Annotated[int, typer.Option(help="Seed of data splits and sampler.")]
 
+Multiple = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Keep channels in multiples of N, as hardware likes them, or all of a group.",
+        show_default="any number",
+    ),
+]
+MinRatio = Annotated[
+    str,
+    typer.Option(metavar="RATIO", help="Remove at least so much of every group: 0.1 or 10%."),
+]
+MaxRatio = Annotated[
+    str,
+    typer.Option(metavar="RATIO", help="Remove at most so much of every group: 0.8 or 80%."),
+]
+Exclude = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B",
+        help="Leave groups, modules and blocks whole: names of [bold]paretoprune inspect[/bold] "
+        "or patterns such as layer1.*",
+        show_default="nothing",
+    ),
+]
+
 RUNS = Path("runs")
 
 
@@ -114,6 +140,25 @@ def search(
             show_default="obs,obs_per_mac,taylor; kl for everything",
         ),
     ] = None,
+    objectives: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="What is optimised, two or more of loss, accuracy, macs, params, cka; the first "
+            "one ranks.",
+        ),
+    ] = "loss,macs",
+    granularity: Annotated[
+        str,
+        typer.Option(
+            help="What may depart from a criterion's ranking: every group, every stage (groups "
+            "of equally large features) as one, or uniform: nothing."
+        ),
+    ] = "group",
+    multiple: Multiple = 1,
+    min_ratio: MinRatio = "0",
+    max_ratio: MaxRatio = "1",
+    exclude: Exclude = "",
     sampler: Annotated[
         str | None,
         typer.Option(
@@ -221,6 +266,12 @@ def search(
         distil=distill,
         recovery=recovery,
         report=report,
+        objectives=objectives,
+        granularity=granularity,
+        multiple=multiple,
+        min_ratio=min_ratio,
+        max_ratio=max_ratio,
+        exclude=exclude,
     )
     commands.search(options, run=run, runs_dir=runs_dir, quiet=quiet, as_json=as_json)
 
@@ -370,6 +421,10 @@ def compare(
     blocks: Annotated[
         bool, typer.Option("--blocks", help="Rank units and blocks together, too.")
     ] = False,
+    multiple: Multiple = 1,
+    min_ratio: MinRatio = "0",
+    max_ratio: MaxRatio = "1",
+    exclude: Exclude = "",
     seed: Seed = 0,
     to: Annotated[
         Path | None,
@@ -381,7 +436,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Compare criteria one-shot at equal FLOPs: table, CSV, plot and a run in MLflow."""
-    from paretoprune.experiments import compare_command
+    from paretoprune.experiments import commands, compare_command
 
     compare_command.compare(
         model,
@@ -390,6 +445,7 @@ def compare(
         weights=weights,
         criteria=criteria,
         blocks=blocks,
+        bounds=commands.bounds_of(multiple, min_ratio, max_ratio, exclude),
         seed=seed,
         to=to,
         runs_dir=runs_dir,

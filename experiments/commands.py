@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import typer
 from rich.table import Table
 
-from paretoprune.criteria import CRITERIA
+from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments import runs
 from paretoprune.experiments.counting import thop_macs
 from paretoprune.experiments.energy import check_energy, energy_of_run, metered
@@ -29,7 +30,7 @@ from paretoprune.experiments.references import load_weights
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.tables import front_csv, front_json, front_table
 from paretoprune.experiments.tracker import MlflowListener
-from paretoprune.experiments.units import parse_flops
+from paretoprune.experiments.units import parse_flops, parse_fraction
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import (
     Finetuning,
@@ -42,6 +43,7 @@ from paretoprune.search import (
 from paretoprune.search import search as run_search
 from paretoprune.search.loop import DEFAULTS
 from paretoprune.search.stages import EVALUATIONS
+from paretoprune.search.ties import GRANULARITIES, Granularity
 from paretoprune.search.weights import FOLDER as WEIGHTS
 from paretoprune.search.weights import write_weights
 from paretoprune.surgery import trace
@@ -75,6 +77,12 @@ class SearchOptions:
     distil: bool = False
     recovery: int = 0
     report: str = ""
+    objectives: str = "loss,macs"
+    granularity: str = "group"
+    multiple: int = 1
+    min_ratio: str = "0"
+    max_ratio: str = "1"
+    exclude: str = ""
 
     def checked(self) -> RunSpec:
         """Returns the run that they describe.
@@ -83,12 +91,15 @@ class SearchOptions:
             ValueError: If one of them cannot be meant.
         """
         checks.check_name("strategy", self.strategy, DEFAULTS)
-        given = self.criteria and tuple(name.strip() for name in self.criteria.split(","))
-        names = given or DEFAULTS[self.strategy]
+        names = _names(self.criteria or "") or DEFAULTS[self.strategy]
         for name in names:
             checks.check_name("criterion", name, CRITERIA)
+        objectives = _names(self.objectives)
+        checks.check_objectives(objectives)
+        checks.check_name("granularity", self.granularity, GRANULARITIES)
+        bounds = bounds_of(self.multiple, self.min_ratio, self.max_ratio, self.exclude)
         if self.strategy == "everything":
-            checks.check_steps(names)
+            checks.check_steps(names, objectives, bounds, self.granularity)
         checks.check_used(self.strategy, self.sampler, self.recovery)
         checks.check_sampler(self.sampler or checks.DAMAGE)
         checks.check_count("--trials", self.trials, 1)
@@ -98,7 +109,7 @@ class SearchOptions:
         checks.check_count("--finetune", self.finetune, 0)
         checks.check_count("--top", TOP if self.top is None else self.top, 1)
         checks.check_count("--recovery", self.recovery, 0)
-        reports = [name.strip() for name in self.report.split(",") if name.strip()]
+        reports = _names(self.report)
         for name in reports:
             checks.check_name("report of a search", name, ("energy",))
         if reports:
@@ -115,6 +126,9 @@ class SearchOptions:
             flops=parse_flops(self.flops),
             trials=self.trials,
             criteria=names,
+            objectives=objectives,
+            granularity=cast("Granularity", self.granularity),
+            bounds=bounds,
             data=_anchored(self.data),
             weights=_absolute(self.weights),
             sampler=None if self.strategy == "everything" else self.sampler or checks.DAMAGE,
@@ -131,6 +145,22 @@ class SearchOptions:
             trial_timeout=self.trial_timeout,
             storage=self.storage,
         )
+
+
+def bounds_of(multiple: int, min_ratio: str, max_ratio: str, exclude: str) -> Bounds:
+    """Returns the bounds that options describe; see their help.
+
+    Raises:
+        ValueError: If one of them cannot be meant.
+    """
+    checks.check_count("--multiple", multiple, 1)
+    low, high = (parse_fraction(text, "a pruning ratio") for text in (min_ratio, max_ratio))
+    return Bounds(multiple=multiple, min_ratio=low, max_ratio=high, exclude=_names(exclude))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Returns what commas separate."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _anchored(data: str | None) -> str | None:
@@ -158,7 +188,8 @@ def search(
         runs.check_name(runs_dir, run)
     problem = problem_of(spec, quiet)
     with long_step(progress_console(), f"Tracing {spec.model}", quiet=quiet):
-        checks.check_reachable(trace(problem.model, problem.example_inputs), spec.flops)
+        graph = trace(problem.model, problem.example_inputs)
+        checks.check_reachable(graph, spec.flops, spec.bounds)
     name = run or runs.default_name(runs_dir, problem.name, spec.flops)
     folder = runs.create_run(runs_dir, name, spec)
     try:
@@ -229,6 +260,9 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
                 spec.trials,
                 strategy=spec.strategy,
                 criteria=spec.criteria,
+                objectives=spec.objectives,
+                granularity=spec.granularity,
+                bounds=spec.bounds,
                 sampler=None if steps else spec.sampler,  # older runs name one
                 finetuning=finetuning,
                 seed=spec.seed,

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from paretoprune.criteria import CRITERIA, CostClass
+from paretoprune.criteria import CRITERIA, Bounds, CostClass
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Shot
 from paretoprune.experiments.comparison_plot import comparison_png
 from paretoprune.experiments.progress import long_step, progress_console, results_console
@@ -35,6 +35,7 @@ def compare(
     weights: str | None,
     criteria: str | None,
     blocks: bool,
+    bounds: Bounds,
     seed: int,
     to: Path | None,
     runs_dir: Path,
@@ -55,9 +56,9 @@ def compare(
     with long_step(console, f"Tracing {model}", quiet=quiet):
         graph = trace(problem.model, problem.example_inputs)
     for target in targets:
-        checks.check_reachable(graph, target)
+        checks.check_reachable(graph, target, bounds)
     with long_step(console, "Measuring saliencies", quiet=quiet) as progress:
-        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress)
+        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress, bounds)
     with long_step(console, "Comparing", quiet=quiet) as progress:
         rankings = ("units", "units and blocks") if blocks and graph.blocks else ("units",)
         shots = list(comparison.shots(targets, rankings=rankings, progress=progress))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 
-from paretoprune.criteria import Criterion, SharedCalibration, select
+from paretoprune.criteria import UNBOUNDED, Bounds, Criterion, SharedCalibration, select
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.layout import channels_last
@@ -71,6 +71,7 @@ class Comparison:
         criteria: By name.
         saliency_dir: Folder in which saliencies are kept.
         progress: Told how far the saliencies are.
+        bounds: What plans keep to.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Comparison:
         criteria: Mapping[str, Criterion],
         saliency_dir: Path,
         progress: Progress = silent,
+        bounds: Bounds = UNBOUNDED,
     ) -> None:
         self.problem = problem
+        self.bounds = bounds
         self.graph: PruningGraph = trace(problem.model, problem.example_inputs)
         self.model = on_device(problem.model)
         self._calibration = Moved(problem.calibration, device_of(self.model))
@@ -97,7 +100,8 @@ class Comparison:
             InfeasibleBudget: If there is no such plan.
         """
         blocks = self.scores.blocks[criterion] if ranking == "units and blocks" else None
-        return select(self.graph, self.scores.units[criterion], budget=target, blocks=blocks)
+        units = self.scores.units[criterion]
+        return select(self.graph, units, budget=target, blocks=blocks, bounds=self.bounds)
 
     def network(self, plan: PruningPlan, recovery: Recovery) -> nn.Module:
         """Returns the pruned network of a plan, recovered."""

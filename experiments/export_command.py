@@ -19,7 +19,7 @@ from paretoprune.experiments.reports import parse_reports
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.store import ExportPlace
 from paretoprune.experiments.tracking import register_export
-from paretoprune.experiments.units import parse_accuracy, parse_flops
+from paretoprune.experiments.units import parse_flops, parse_fraction
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Completed, Problem, Record
 from paretoprune.search.evaluation import one_line
@@ -51,7 +51,7 @@ class Choice:
         if self.trial is not None:
             return _completed(view, self.trial)
         if self.min_accuracy is not None:
-            return view.front.smallest(parse_accuracy(self.min_accuracy))
+            return view.front.smallest(parse_fraction(self.min_accuracy, "an accuracy"))
         limit = None if self.max_flops is None else parse_flops(self.max_flops)
         if isinstance(limit, float):
             limit = int(limit * view.dense.macs)

@@ -12,7 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from paretoprune.criteria import UNBOUNDED, Bounds
 from paretoprune.experiments.units import format_target
+from paretoprune.search.ties import Granularity
 
 SCHEMA = 1
 """Version of run.json; a newer one is refused rather than misread."""
@@ -45,6 +47,9 @@ class RunSpec:
         flops: Share of the dense MACs (float) or MACs (int) that a plan may keep at most.
         trials: Trials asked for.
         criteria: Names of the criteria in the search space.
+        objectives: Names of the metrics that are optimised; the first one ranks.
+        granularity: Which groups share an offset: `group`, `stage` or `uniform`.
+        bounds: Which unit counts groups may keep, and what stays whole.
         data: Data reference; None takes the recipe's.
         weights: Path of the trained weights; None takes the recipe's.
         sampler: Name of the sampler; None where the strategy has none.
@@ -68,6 +73,9 @@ class RunSpec:
     flops: float | int
     trials: int
     criteria: tuple[str, ...]
+    objectives: tuple[str, ...] = ("loss", "macs")
+    granularity: Granularity = "group"
+    bounds: Bounds = UNBOUNDED
     data: str | None = None
     weights: str | None = None
     sampler: str | None = "tpe"
@@ -88,7 +96,8 @@ class RunSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the run as plain values, for JSON."""
-        return {"version": SCHEMA, **asdict(self), "criteria": list(self.criteria)}
+        lists = {"criteria": list(self.criteria), "objectives": list(self.objectives)}
+        return {"version": SCHEMA, **asdict(self), **lists, "bounds": self.bounds.to_json()}
 
     @staticmethod
     def from_json(data: Any) -> RunSpec:
@@ -107,6 +116,9 @@ class RunSpec:
         values = {name: value for name, value in data.items() if name in known}
         try:
             values["criteria"] = tuple(values["criteria"])
+            if "bounds" in values:  # older: neither these nor objectives
+                values["bounds"] = Bounds.from_json(values["bounds"])
+                values["objectives"] = tuple(values["objectives"])
             return RunSpec(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"run.json is incomplete ({error}).") from error

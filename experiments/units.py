@@ -37,8 +37,12 @@ def parse_flops(text: str) -> float | int:
     return macs
 
 
-def parse_accuracy(text: str) -> float:
-    """Returns an accuracy as a fraction: of `90%` or `0.9`.
+def parse_fraction(text: str, what: str) -> float:
+    """Returns a fraction: of `90%` or `0.9`.
+
+    Args:
+        text: What was written.
+        what: Of what, with its article, such as `an accuracy`.
 
     Raises:
         ValueError: If `text` is neither, or lies outside [0, 1].
@@ -49,7 +53,7 @@ def parse_accuracy(text: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 1:
-        raise ValueError(f"an accuracy is a fraction such as 0.9, or 90%, but got {text!r}.")
+        raise ValueError(f"{what} is a fraction such as 0.9, or 90%, but got {text!r}.")
     return value
 
 

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from paretoprune.criteria import CRITERIA, Criterion, smallest_macs, target_macs
+from paretoprune.criteria import (
+    CRITERIA,
+    UNBOUNDED,
+    Bounds,
+    Criterion,
+    largest_macs,
+    smallest_macs,
+    target_macs,
+)
 from paretoprune.search.cluster import reach
 from paretoprune.search.metrics import device_of, evaluating, forward
 from paretoprune.search.objectives import MEASURED
@@ -143,11 +151,17 @@ def check_objectives(names: Sequence[str]) -> None:
         raise ValueError(f"a search has two or more different objectives, but got {list(names)}.")
 
 
-def check_steps(criteria: Iterable[str], objectives: Sequence[str] = ()) -> None:
+def check_steps(
+    criteria: Iterable[str],
+    objectives: Sequence[str] = (),
+    bounds: Bounds = UNBOUNDED,
+    granularity: str = "group",
+) -> None:
     """Verifies what the strategy `everything` is asked for.
 
     Raises:
-        ValueError: If there is not just one criterion, or an objective is not measured in steps.
+        ValueError: If there is not just one criterion, an objective is not measured in steps, or
+            something is to hold that its steps do not know.
     """
     if len(names := tuple(criteria)) != 1:
         raise ValueError(
@@ -157,6 +171,17 @@ def check_steps(criteria: Iterable[str], objectives: Sequence[str] = ()) -> None
         raise ValueError(
             f"the strategy everything compares candidates with their parents and not with the "
             f"dense network; cka is no objective of it, but got {list(objectives)}."
+        )
+    if bounds.min_ratio > 0 or bounds.max_ratio < 1:
+        raise ValueError(
+            f"the strategy everything prunes what the step before left, so that no ratio of the "
+            f"dense network can be bounded, but got {bounds.min_ratio:g} to "
+            f"{bounds.max_ratio:g}; give a multiple or exclusions."
+        )
+    if granularity != "group":
+        raise ValueError(
+            f"the strategy everything has no offsets that groups could share, but the granularity "
+            f"is {granularity!r}."
         )
 
 
@@ -229,22 +254,34 @@ def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
         raise ValueError(f"the loss of the dense network on problem.{name} is not a number.")
 
 
-def check_reachable(graph: PruningGraph, flops: float | int) -> int:
+def check_reachable(graph: PruningGraph, flops: float | int, bounds: Bounds = UNBOUNDED) -> int:
     """Returns a FLOPs target in MACs, verified before anything is measured.
 
     Args:
         graph: The dense network's graph.
         flops: Share of the dense MACs (float) or MACs (int).
+        bounds: Which unit counts groups may keep, and which blocks may go.
 
     Raises:
-        InfeasibleBudget: If no plan meets it; names the smallest reachable MACs.
-        ValueError: If it is more than the dense network has.
+        InfeasibleBudget: If no plan meets it; names the smallest reachable MACs, or the largest
+            where bounds ask for more pruning.
+        ValueError: If it is more than the dense network has, or a pattern of the bounds matches
+            nothing.
     """
+    bounds.check(graph)
     target, dense = target_macs(graph, flops), graph.cost().macs
-    smallest = smallest_macs(graph, tuple(graph.blocks))
+    within = "" if bounds == UNBOUNDED else " within the bounds"
+    smallest = smallest_macs(graph, bounds.blocks(graph), bounds)
+    largest = largest_macs(graph, (), bounds)
+    asked = f"the target of {target:,} MACs ({target / dense:.2%} of the dense network)"
     if smallest > target:
         raise InfeasibleBudget(
-            f"the target of {target:,} MACs ({target / dense:.2%} of the dense network) cannot be "
-            f"reached: the smallest reachable is {smallest:,} MACs ({smallest / dense:.2%})."
+            f"{asked} cannot be reached: the smallest reachable{within} is {smallest:,} MACs "
+            f"({smallest / dense:.2%})."
+        )
+    if largest <= 0.99 * target:
+        raise InfeasibleBudget(
+            f"{asked} cannot be used up: the largest reachable{within} is {largest:,} MACs "
+            f"({largest / dense:.2%})."
         )
     return target

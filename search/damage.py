@@ -74,7 +74,8 @@ class DamageModel:
         """Returns all parameters of a trial.
 
         Its criterion, allocation and number of removed blocks are those of one of the best trials
-        at its budget; the offsets are drawn or mutated.
+        at its budget; the offsets are drawn or mutated. Without offsets there is nothing to learn,
+        and only the budget is decided.
 
         Args:
             records: The finished trials.
@@ -85,7 +86,7 @@ class DamageModel:
             (record for record in records if isinstance(record.outcome, Completed | Stopped)),
             key=lambda record: record.number,
         )
-        if not done:
+        if not done or not self._ties:
             return {"budget": level}
         generator = np.random.default_rng([self._seed, number])
         parent = self._parent(level, done, generator)

@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from paretoprune.criteria import Criterion, SharedCalibration, block_saliency, select
+from paretoprune.criteria import (
+    UNBOUNDED,
+    Bounds,
+    Criterion,
+    SharedCalibration,
+    block_saliency,
+    select,
+)
 from paretoprune.criteria.ablation import penultimate_features
 from paretoprune.criteria.blocks import inner_units
 from paretoprune.criteria.cka import cka_to_dense
@@ -201,6 +208,8 @@ class Everything:
         seed: Of every evaluation.
         weights: Of the run.
         finished: Called with every new record after the study has it.
+        bounds: Which units and blocks may leave; no ratios, which are none of the dense network
+            here.
     """
 
     def __init__(
@@ -215,6 +224,7 @@ class Everything:
         seed: int,
         weights: Weights,
         finished: Callable[[Record], None],
+        bounds: Bounds = UNBOUNDED,
     ) -> None:
         self._study = study
         self._problem = problem
@@ -225,6 +235,7 @@ class Everything:
         self._seed = seed
         self._weights = weights
         self._notify = finished
+        self._bounds = bounds
         self._records = {record.number: record for record in study.records()}
         self._parent = PruningPlan()
         self._steps = 0
@@ -325,13 +336,15 @@ class Everything:
         saliency = criterion(model, graph, calibration)
         blocks = block_saliency(criterion, saliency, model, graph, calibration)
         less = graph.cost().macs - int(_SHARE * self._graph.cost().macs)
-        if blocks:
-            weakest = min(blocks, key=lambda name: blocks[name] * inner_units(graph, name))
+        going = [name for name in self._bounds.blocks(graph) if name in blocks]
+        if going:
+            weakest = min(going, key=lambda name: blocks[name] * inner_units(graph, name))
             layer = PruningPlan(removed=(weakest,))
             less = graph.cost(layer).macs
             yield LAYER, self._plan(layer)
         try:
-            units = select(graph, saliency, budget=max(less, self._target))
+            budget = max(less, self._target)
+            units = select(graph, saliency, budget=budget, bounds=self._bounds)
         except InfeasibleBudget:
             return
         yield NEURONS, self._plan(units)

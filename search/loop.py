@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from paretoprune.criteria import Criterion
+from paretoprune.criteria import UNBOUNDED, Bounds, Criterion
 from paretoprune.criteria.drafts import remove_dead_drafts
 from paretoprune.search import checks
 from paretoprune.search.errors import SearchInterrupted
@@ -21,6 +21,7 @@ from paretoprune.search.problem import Problem
 from paretoprune.search.record import Record
 from paretoprune.search.searcher import Executor, run_inline
 from paretoprune.search.stages import EVALUATIONS, Stage, Stages
+from paretoprune.search.ties import GRANULARITIES, Granularity
 from paretoprune.search.weights import FOLDER
 from paretoprune.surgery.progress import Progress, silent
 
@@ -43,6 +44,8 @@ def search(
     strategy: str = "optuna",
     criteria: Sequence[str] | Mapping[str, Criterion] | None = None,
     objectives: Sequence[str] = ("loss", "macs"),
+    granularity: Granularity = "group",
+    bounds: Bounds = UNBOUNDED,
     sampler: str | None = None,
     finetuning: Finetuning | None = None,
     seed: int = 0,
@@ -77,6 +80,11 @@ def search(
             one. None takes `obs`, `obs_per_mac` and `taylor`, or `kl` for `everything`.
         objectives: Names of the metrics to optimise, two or more: `loss`, `accuracy`, `macs`,
             `params`, `cka` (similarity of the last features to the dense network's).
+        granularity: How fine the decisions are: `group`, where every group may be pruned more or
+            less than the ranking says, `stage`, where groups of equally large features share that,
+            or `uniform`, where the ranking alone allocates.
+        bounds: Multiples of channels, least and largest pruning ratios, and what stays whole;
+            `everything` knows no ratios.
         sampler: `damage` (see `search.damage`), or Optuna's `tpe`, `nsga2`, `nsga3`, `gp` or
             `random`; None takes `damage`. `everything` has none.
         finetuning: Trains the best of the front after the last trial, and the candidates of
@@ -103,7 +111,7 @@ def search(
     Raises:
         ValueError: If an argument is out of range or would not be used, or the data does not fit
             the model.
-        InfeasibleBudget: If no plan meets the target; names the smallest reachable MACs.
+        InfeasibleBudget: If no plan meets the target; names the reachable limit.
         UnsupportedModel: If the network cannot be traced.
         ConnectionError: If no cluster answers at `address`.
         SearchStuck: If the steps of `everything` cannot go on.
@@ -120,10 +128,11 @@ def search(
     checks.check_used(strategy, sampler, 0 if finetuning is None else finetuning.recovery)
     sampler = sampler or checks.DAMAGE
     checks.check_sampler(sampler)
+    checks.check_name("granularity", granularity, GRANULARITIES)
     named = checks.criteria_by_name(DEFAULTS[strategy] if criteria is None else criteria)
     if strategy == "everything":
-        checks.check_steps(named, objectives)
-    request = Request(flops, trials, named, tuple(objectives), saliency_dir)
+        checks.check_steps(named, objectives, bounds, granularity)
+    request = Request(flops, trials, named, tuple(objectives), saliency_dir, granularity, bounds)
     checks.check_address(address, workers)
     checks.check_problem(problem)
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from paretoprune.criteria import Criterion, SharedCalibration
+from paretoprune.criteria import UNBOUNDED, Bounds, Criterion, SharedCalibration
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import check_reachable
 from paretoprune.search.damage import DamageModel
@@ -20,6 +20,7 @@ from paretoprune.search.objectives import chance_loss, objectives_of
 from paretoprune.search.problem import Problem
 from paretoprune.search.saliency import Saliencies, blocks_by_damage, saliencies
 from paretoprune.search.space import SearchSpace
+from paretoprune.search.ties import Granularity
 from paretoprune.surgery import Cost, PruningGraph, PruningPlan, trace
 from paretoprune.surgery.progress import Progress, silent
 
@@ -40,6 +41,8 @@ class Request:
         criteria: By name.
         objectives: Names of the metrics to optimise.
         saliencies: Folder of saliencies that searches share; None takes one in the run's folder.
+        granularity: Which groups share an offset.
+        bounds: Which unit counts groups may keep, and which blocks may go.
     """
 
     flops: float | int
@@ -47,6 +50,8 @@ class Request:
     criteria: Mapping[str, Criterion]
     objectives: tuple[str, ...]
     saliencies: Path | None = None
+    granularity: Granularity = "group"
+    bounds: Bounds = UNBOUNDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +109,21 @@ def prepare(
     calibration = SharedCalibration(Moved(problem.calibration, device_of(model)), problem.loss)
     progress("tracing the network", 0, 0)
     graph = trace(problem.model, problem.example_inputs)
-    target = check_reachable(graph, request.flops)
+    target = check_reachable(graph, request.flops, request.bounds)
     kept = request.saliencies or folder / SALIENCIES
     scores = saliencies(request.criteria, model, graph, calibration, kept, progress)
     blocks = study.notes.get("blocks")
     if blocks is None:
         blocks = blocks_by_damage(model, graph, calibration, problem.loss, progress)
-    space = SearchSpace.of(graph, scores.units, target, blocks, scores.blocks)
+    space = SearchSpace.of(
+        graph,
+        scores.units,
+        target,
+        blocks,
+        scores.blocks,
+        granularity=request.granularity,
+        bounds=request.bounds,
+    )
     info = _info(problem, model, graph, space.to_json(), request, study, progress)
     study.note("blocks", list(blocks))
     return Prepared(graph, scores.units, space, info)
@@ -143,9 +156,10 @@ def prepare_steps(
     graph = trace(problem.model, problem.example_inputs)
     space = {
         "strategy": "everything",
-        "target": check_reachable(graph, request.flops),
+        "target": check_reachable(graph, request.flops, request.bounds),
         "criteria": list(request.criteria),
         "recovery": recovery,
+        "bounds": request.bounds.to_json(),
     }
     return graph, _info(problem, on_device(problem.model), graph, space, request, study, progress)
 
@@ -197,7 +211,8 @@ def _measure(
 
 def _check_same(space: Mapping[str, Any], request: Request, study: Study) -> None:
     """Verifies that a resumed run searches what it searched before."""
-    before, now = study.notes["space"], space
+    older = {"granularity": "group", "bounds": UNBOUNDED.to_json()}  # where it is not noted
+    before, now = older | study.notes["space"], space
     names = [item["name"] for item in study.notes["search"]["objectives"]]
     changed = [key for key in now if now[key] != before.get(key)]
     if names != list(request.objectives):
@@ -205,5 +220,6 @@ def _check_same(space: Mapping[str, Any], request: Request, study: Study) -> Non
     if changed:
         raise ValueError(
             f"this run holds a search with other settings ({', '.join(changed)} differ); start a "
-            f"new run, or resume it with the same network, target, criteria and objectives."
+            f"new run, or resume it with the same network, target, criteria, objectives, "
+            f"granularity and bounds."
         )

@@ -7,10 +7,11 @@ a plan on budget.
 A base allocation is `global` or `uniform`, or, where there are blocks, `joint`: one ranking of all
 units and blocks by the criterion chooses neurons and layers together.
 
-Two choices keep the space small enough for a hundred trials. Groups beyond `MOST_OFFSETS` share
-the offset of the module they lie in. And blocks are not one boolean each, of which a sampler that
-knows nothing would set half: blocks are ranked once by the measured damage of removing each alone,
-and a sampler decides how many of that ranking go and by how much single blocks move in it.
+Two choices keep the space small enough for a hundred trials. Groups share offsets where there are
+many of them, or where the user asks for it (`search.ties`). And blocks are not one boolean each,
+of which a sampler that knows nothing would set half: blocks are ranked once by the measured damage
+of removing each alone, and a sampler decides how many of that ranking go and by how much single
+blocks move in it.
 """
 
 from __future__ import annotations
@@ -22,22 +23,20 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from paretoprune.criteria import select, smallest_macs
+from paretoprune.criteria import UNBOUNDED, Bounds, largest_macs, select, smallest_macs
 from paretoprune.search.candidate import Candidate
+from paretoprune.search.ties import MOST_OFFSETS, Granularity, streams_of, ties_of
 from paretoprune.surgery import PruningGraph, PruningPlan
 
 Allocation = Literal["global", "joint", "uniform"]
 LEVELS = (1.0, 0.85, 0.7, 0.55)
 """Budgets of the search as shares of its target; below the target so that a front appears."""
-MOST_OFFSETS = 40
-"""Most offsets of one kind; more groups share theirs, more blocks have none."""
 OFFSET = 2.3
 """Offsets lie in [-OFFSET, OFFSET]; they are added to the logarithms of saliencies."""
 SPARED = 1.0
 """The offset of residual streams in the seeds that spare them."""
 SHIFT = 0.25
 """A block moves by at most this share of the ranking."""
-_NEGLIGIBLE = 0.001  # a group that frees less of the dense MACs gets no offset
 _BLOCK_SEEDS = (1, 2, 4)
 _BLOCKS = "1 + blocks"  # on a logarithmic scale: most good plans remove none or few
 
@@ -73,6 +72,8 @@ class SearchSpace:
             at a time put it too low.
         blocks: Removable blocks, the one whose removal does least damage per MAC first.
         most_removed: Most blocks that a sampler removes.
+        granularity: Which groups share an offset, see `search.ties`.
+        bounds: Which unit counts groups may keep, and which blocks may go.
         block_saliencies: By criterion, the saliency of each block on the scale of its units; a
             measurement like the units' saliencies, and no part of what tells spaces apart.
     """
@@ -85,6 +86,8 @@ class SearchSpace:
     streams: tuple[str, ...]
     blocks: tuple[str, ...]
     most_removed: int
+    granularity: Granularity = "group"
+    bounds: Bounds = UNBOUNDED
     block_saliencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @staticmethod
@@ -94,6 +97,9 @@ class SearchSpace:
         target: int,
         blocks: Sequence[str],
         block_saliencies: Mapping[str, Mapping[str, float]] | None = None,
+        *,
+        granularity: Granularity = "group",
+        bounds: Bounds = UNBOUNDED,
     ) -> SearchSpace:
         """Returns the space for a network.
 
@@ -103,23 +109,30 @@ class SearchSpace:
             target: Most MACs that a plan may have.
             blocks: All removable blocks, least damage first.
             block_saliencies: By criterion, by block; None leaves `joint` allocations out.
+            granularity: Which groups share an offset, see `search.ties`.
+            bounds: Which unit counts groups may keep, and which blocks may go.
 
         Raises:
             InfeasibleBudget: If no plan meets the target; names the smallest reachable MACs.
         """
-        smallest = smallest_macs(graph, tuple(blocks))
+        may_go = bounds.blocks(graph)
+        blocks = tuple(block for block in blocks if block in may_go)
+        smallest = smallest_macs(graph, blocks, bounds)
         if smallest > target:  # raises, with the reachable minimum in its message
-            select(graph, next(iter(saliencies.values())), budget=target, removed=tuple(blocks))
-        ties = _ties(_groups_that_matter(graph))
+            first = next(iter(saliencies.values()))
+            select(graph, first, budget=target, removed=blocks, bounds=bounds)
+        ties = ties_of(graph, granularity, bounds)
         return SearchSpace(
             criteria=tuple(saliencies),
             target=target,
             dense=graph.cost().macs,
             levels=tuple(level for level in LEVELS if int(level * target) >= smallest),
             ties=ties,
-            streams=_streams(graph, ties),
-            blocks=tuple(blocks),
-            most_removed=_most_removed(graph, blocks, target),
+            streams=streams_of(graph, ties, granularity),
+            blocks=blocks,
+            most_removed=_most_removed(graph, blocks, target, bounds),
+            granularity=granularity,
+            bounds=bounds,
             block_saliencies=(block_saliencies or {}) if blocks else {},
         )
 
@@ -129,6 +142,7 @@ class SearchSpace:
             name: list(getattr(self, name))
             for name in ("criteria", "levels", "streams", "blocks", "allocations")
         }
+        values["bounds"] = self.bounds.to_json()
         del values["block_saliencies"]
         return values
 
@@ -232,7 +246,14 @@ class SearchSpace:
         removed = self._repaired(graph, candidate.removed, target)
         saliency = saliencies[candidate.criterion]
         if candidate.allocation == "uniform" and not any(candidate.offsets.values()):
-            return select(graph, saliency, budget=target, removed=removed, allocation="uniform")
+            return select(
+                graph,
+                saliency,
+                budget=target,
+                removed=removed,
+                allocation="uniform",
+                bounds=self.bounds,
+            )
         base = base_saliency(saliency, candidate.allocation)
         factors = {name: math.exp(candidate.offsets.get(name, 0.0)) for name in base}
         blocks = None
@@ -248,16 +269,17 @@ class SearchSpace:
             budget=target,
             removed=removed,
             blocks=blocks,
+            bounds=self.bounds,
         )
 
     def _repaired(
         self, graph: PruningGraph, removed: Sequence[str], target: int
     ) -> tuple[str, ...]:
         chosen = list(removed)
-        while chosen and _without(graph, chosen) <= 0.99 * target:
+        while chosen and largest_macs(graph, tuple(chosen), self.bounds) <= 0.99 * target:
             chosen.pop()
         others = [block for block in self.blocks if block not in chosen]
-        while others and smallest_macs(graph, tuple(chosen)) > target:
+        while others and smallest_macs(graph, tuple(chosen), self.bounds) > target:
             chosen.append(others.pop(0))
         return tuple(chosen)
 
@@ -324,42 +346,11 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed) if listed else 1.0
 
 
-def _without(graph: PruningGraph, removed: Sequence[str]) -> int:
-    """Returns the MACs of the dense network without some blocks."""
-    return graph.cost(PruningPlan(removed=tuple(removed))).macs
-
-
-def _groups_that_matter(graph: PruningGraph) -> list[str]:
-    """Returns the groups whose pruning frees a share of the MACs worth deciding about."""
-    dense = graph.cost().macs
-    return [
-        group.name
-        for group in graph.open_groups
-        if group.size > 1
-        and dense - graph.cost(PruningPlan({group.name: (0,)})).macs > _NEGLIGIBLE * dense
-    ]
-
-
-def _ties(groups: Sequence[str]) -> dict[str, str]:
-    """Returns the name of each group's offset: its own, or its module's where there are many."""
-    ties = {group: group for group in groups}
-    depth = max((group.count(".") for group in groups), default=0)
-    while len(set(ties.values())) > MOST_OFFSETS and depth >= 0:
-        ties = {group: ".".join(group.split(".")[:-1][:depth]) for group in groups}
-        depth -= 1
-    return ties
-
-
-def _streams(graph: PruningGraph, ties: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the offsets of groups that lie in no block, none where there are no blocks."""
-    inside = {name for block in graph.blocks.values() for name in block.groups}
-    outside = {tie: None for group, tie in ties.items() if group not in inside}
-    return tuple(outside) if inside else ()
-
-
-def _most_removed(graph: PruningGraph, blocks: Sequence[str], target: int) -> int:
+def _most_removed(
+    graph: PruningGraph, blocks: tuple[str, ...], target: int, bounds: Bounds
+) -> int:
     """Returns how many blocks of the ranking can go while the target still takes units."""
     count = 0
-    while count < len(blocks) and _without(graph, blocks[: count + 1]) > target:
+    while count < len(blocks) and largest_macs(graph, blocks[: count + 1], bounds) > target:
         count += 1
     return count

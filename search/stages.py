@@ -116,6 +116,7 @@ class Stages:
                 seed=self.seed,
                 weights=weights,
                 finished=finished,
+                bounds=self.request.bounds,
             )
             evaluate = CandidateStep(self.problem.sent, graph, weights, self.finetunes)
             return Stage(tasks, evaluate, self._ledger(EVALUATIONS), most=2)

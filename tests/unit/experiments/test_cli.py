@@ -125,6 +125,53 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         [*SEARCH, "--flops", "50%", "--recovery", "5"],
         "recovery trains the candidates of the strategy everything alone, but got 5 epochs",
     ),
+    "an unknown objective": (
+        [*SEARCH, "--flops", "50%", "--objectives", "loss,speed"],
+        "unknown objective 'speed'; available: loss, ",
+    ),
+    "one objective": (
+        [*SEARCH, "--flops", "50%", "--objectives", "loss"],
+        "two or more different objectives, but got ['loss']",
+    ),
+    "an unknown granularity": (
+        [*SEARCH, "--flops", "50%", "--granularity", "layer"],
+        "unknown granularity 'layer'; available: group, stage, uniform",
+    ),
+    "no multiple": ([*SEARCH, "--flops", "50%", "--multiple", "0"], "--multiple must be"),
+    "a ratio above all": (
+        [*SEARCH, "--flops", "50%", "--max-ratio", "120%"],
+        "a pruning ratio is a fraction such as 0.9, or 90%, but got '120%'",
+    ),
+    "ratios the wrong way round": (
+        [*SEARCH, "--flops", "50%", "--max-ratio", "0.2", "--min-ratio", "30%"],
+        "but got 0.3 and 0.2",
+    ),
+    "a pattern that matches nothing": (
+        [*SEARCH, "--flops", "50%", "--exclude", "conv1,layr1"],
+        "no group, block or module matches 'layr1'; groups: conv1, layer1.0.conv1, ",
+    ),
+    "multiples that keep too much": (
+        [*SEARCH, "--flops", "50%", "--multiple", "16", "--exclude", "layer3.?,layer2*"],
+        "the smallest reachable within the bounds is ",
+    ),
+    "ratios that leave too little": (
+        [
+            "compare",
+            "digits",
+            "--weights",
+            "digits.safetensors",
+            "--flops",
+            "90%",
+            "--quiet",
+            "--min-ratio",
+            "50%",
+        ],
+        "cannot be used up: the largest reachable within the bounds is ",
+    ),
+    "bounded ratios of steps": (
+        [*SEARCH, "--flops", "50%", "--strategy", "everything", "--max-ratio", "0.5"],
+        "no ratio of the dense network can be bounded",
+    ),
     "workers below none": ([*SEARCH, "--flops", "50%", "--workers", "-1"], "--workers must be"),
     "a time limit without workers": (
         [*SEARCH, "--flops", "50%", "--workers", "0", "--trial-timeout", "9"],

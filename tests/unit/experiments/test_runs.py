@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from paretoprune.criteria import UNBOUNDED, Bounds
 from paretoprune.experiments.runs import (
     RunSpec,
     check_name,
@@ -17,7 +18,16 @@ from paretoprune.experiments.runs import (
     write_json,
 )
 
-SPEC = RunSpec("resnet56-cifar10", 0.5, 100, ("l2", "taylor"), data="cifar10:/data")
+SPEC = RunSpec(
+    "resnet56-cifar10",
+    0.5,
+    100,
+    ("l2", "taylor"),
+    objectives=("accuracy", "params"),
+    granularity="stage",
+    bounds=Bounds(multiple=8, max_ratio=0.8, exclude=("layer1.*", "conv1")),
+    data="cifar10:/data",
+)
 
 
 def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -25,6 +35,20 @@ def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert load_run(tmp_path / "runs", "first") == (folder, SPEC)
     assert sorted(file.name for file in folder.iterdir()) == ["run.json"]
     assert SPEC.libraries["torch"]
+
+
+def test_a_run_from_before_there_were_bounds_has_none(tmp_path: Path) -> None:
+    folder = create_run(tmp_path, "first", RunSpec("digits", 0.3, 1, ("l1",)))
+    data = json.loads((folder / "run.json").read_text())
+    for name in ("objectives", "granularity", "bounds"):
+        del data[name]
+    (folder / "run.json").write_text(json.dumps(data))
+    spec = load_run(tmp_path, "first")[1]
+    assert (spec.bounds, spec.objectives, spec.granularity) == (
+        UNBOUNDED,
+        ("loss", "macs"),
+        "group",
+    )
 
 
 def test_a_target_in_macs_stays_an_int(tmp_path: Path) -> None:

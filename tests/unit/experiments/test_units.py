@@ -10,8 +10,8 @@ from paretoprune.experiments.units import (
     format_count,
     format_percent,
     format_target,
-    parse_accuracy,
     parse_flops,
+    parse_fraction,
 )
 
 
@@ -52,13 +52,13 @@ def test_a_bare_small_number_is_told_to_take_a_percent_sign() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("0.9", 0.9), ("90%", 0.9), ("1", 1), (" 0% ", 0)])
 def test_accuracies_are_fractions_or_percentages(text: str, value: float) -> None:
-    assert parse_accuracy(text) == value
+    assert parse_fraction(text, "an accuracy") == value
 
 
 @pytest.mark.parametrize("text", ["90", "101%", "-0.1", "most", "nan", "%", ""])
 def test_other_accuracies_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"such as 0\.9, or 90%, but got"):
-        parse_accuracy(text)
+        parse_fraction(text, "an accuracy")
 
 
 def test_numbers_for_people() -> None:

@@ -60,6 +60,10 @@ def never(network: nn.Module, **_settings: Any) -> nn.Module:
         ({"objectives": ("loss", "flops")}, "unknown objective 'flops'; available: loss, "),
         ({"objectives": ("loss",)}, r"two or more different objectives, but got \['loss'\]"),
         ({"objectives": ("loss", "loss")}, "two or more different objectives"),
+        (
+            {"granularity": "layer"},
+            "unknown granularity 'layer'; available: group, stage, uniform",
+        ),
     ],
 )
 def test_arguments_are_checked_first(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from paretoprune.criteria import CRITERIA
+from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.search import Candidate, Completed, Failed, Problem, Record, SearchSpace
 from paretoprune.search.damage import DamageModel, posterior
 from paretoprune.search.space import OFFSET
@@ -104,6 +104,25 @@ def test_proposals_are_whole_decisions_within_the_space_and_repeat(
         space.suggest(Suggests(proposal))  # asserts every bound
     other = DamageModel(space, graph, saliencies, seed=4)
     assert other(records, 12) != model(records, 12)
+
+
+def test_offsets_of_stages_are_learnt_and_without_offsets_nothing_is(
+    graph: PruningGraph, saliencies: Saliencies
+) -> None:
+    target, blocks = graph.cost().macs // 2, list(graph.blocks)
+    space = SearchSpace.of(
+        graph, saliencies, target, blocks, granularity="stage", bounds=Bounds(multiple=2)
+    )
+    sore = next(iter(space.ties))
+    truth = Truth(graph, sore)
+    model = DamageModel(space, graph, saliencies, seed=0)
+    records = search_with(model, truth, space, saliencies, 30)
+    late = [record.candidate.offsets for record in records[15:]]
+    other = next(name for name, tie in space.ties.items() if tie != space.ties[sore])
+    assert np.mean([offsets[sore] for offsets in late]) > np.mean([o[other] for o in late])
+    none = SearchSpace.of(graph, saliencies, target, blocks, granularity="uniform")
+    model = DamageModel(none, graph, saliencies, seed=0)
+    assert model(records, 30) == none.fixed(30)
 
 
 def test_failures_teach_nothing_and_without_records_only_the_budget_is_decided(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paretoprune.criteria import Bounds
 from paretoprune.criteria.kl import Kl
 from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.models import digits_resnet
@@ -59,6 +61,7 @@ def run(
     trials: int = 100,
     stop: int = 10**9,
     recovery: int = 0,
+    **more: Any,
 ) -> list[Record]:
     trainer = FineTuner([*problem.calibration], Training(epochs=1, learning_rate=0.05))
     search(
@@ -71,6 +74,7 @@ def run(
         workers=0,
         run_dir=run_dir,
         listeners=[Stopping(stop)],
+        **more,
     )
     return list(read_run(run_dir).records)
 
@@ -228,6 +232,38 @@ def test_it_takes_one_criterion(problem: Problem) -> None:
         search(problem, 0.5, 4, strategy="everything", objectives=("loss", "cka"), workers=0)
     with pytest.raises(ValueError, match="unknown strategy 'all'; available: optuna, everything"):
         search(problem, 0.5, 4, strategy="all", workers=0)
+
+
+def test_every_step_keeps_to_multiples_and_exclusions(
+    whole: tuple[Problem, Path, list[Record]], tmp_path: Path
+) -> None:
+    problem = whole[0]
+    graph = trace(problem.model, problem.example_inputs)
+    bounds = Bounds(multiple=4, exclude=("layer2.1", "layer3.0.conv1"))
+    records = run(problem, tmp_path, flops=0.4, bounds=bounds)
+    assert min(map(macs, records)) <= 0.4 * graph.cost().macs
+    for record in records:
+        assert record.plan is not None
+        assert set(record.plan.removed) <= set(bounds.blocks(graph))
+        for name, units in record.plan.kept.items():
+            assert len(units) in bounds.counts(graph, graph.groups[name]).tolist()
+    with pytest.raises(ValueError, match=r"other settings \(bounds differ\)"):
+        run(problem, tmp_path, flops=0.4, bounds=Bounds(multiple=4))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"bounds": Bounds(max_ratio=0.5)}, "no ratio of the dense network .* got 0 to 0.5"),
+        ({"bounds": Bounds(min_ratio=0.1)}, "no ratio of the dense network .* got 0.1 to 1"),
+        ({"granularity": "stage"}, "no offsets that groups could share, .* is 'stage'"),
+    ],
+)
+def test_what_its_steps_do_not_know_is_refused(
+    problem: Problem, tmp_path: Path, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(problem, tmp_path, **more)
 
 
 torch.manual_seed(0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paretoprune.criteria import CRITERIA
+from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.search import (
     Completed,
     ParetoFront,
@@ -164,6 +164,8 @@ def test_saliencies_are_computed_once_per_run(problem: Problem, tmp_path: Path) 
         ({"flops": 0.4}, r"other settings \(target differ\)"),
         ({"criteria": ("l1",)}, r"\(criteria differ\)"),
         ({"objectives": ("accuracy", "macs")}, r"\(objectives differ\)"),
+        ({"bounds": Bounds(multiple=2)}, r"\(bounds differ\)"),
+        ({"granularity": "uniform"}, r"\(ties, streams, granularity differ\)"),
     ],
 )
 def test_a_run_is_resumed_with_its_own_settings(
@@ -186,6 +188,47 @@ def test_an_unreachable_target_is_said_with_the_minimum(problem: Problem, tmp_pa
         run(problem, tmp_path, Notes(), flops=10)
     with pytest.raises(ValueError, match="has not measured the dense network yet"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("granularity", ["stage", "uniform"])
+def test_a_search_within_bounds(problem: Problem, tmp_path: Path, granularity: str) -> None:
+    bounds = Bounds(multiple=2, max_ratio=0.8, exclude=("4.conv1",))
+    run(problem, tmp_path, Notes(), 14, granularity=granularity, bounds=bounds)
+    graph, most = trace(problem.model, problem.example_inputs), 2 * (granularity == "stage")
+    records = read_run(tmp_path).records
+    assert {record.origin for record in records} == {"seed", "sampler"}
+    for record in records:
+        assert record.plan is not None
+        assert "4" not in record.plan.removed
+        assert len(set(record.candidate.offsets.values())) <= most
+        for name, units in record.plan.kept.items():
+            assert len(units) in bounds.counts(graph, graph.groups[name]).tolist()
+    assert len({record.plan for record in records}) > 5
+
+
+def test_bounds_out_of_reach_are_said_before_anything_is_measured(
+    problem: Problem, tmp_path: Path
+) -> None:
+    unmeasured: dict[str, Any] = {"criteria": {"never": None}}  # would raise where it is called
+    for bounds, words in (
+        (Bounds(min_ratio=0.8), r"cannot be used up: the largest reachable within the bounds is "),
+        (Bounds(max_ratio=0.1, exclude=("3", "4", "8")), r"the smallest reachable within the bou"),
+    ):
+        with pytest.raises(InfeasibleBudget, match=words + r".*[\d,]+ MACs \([\d.]+%\)"):
+            run(problem, tmp_path, Notes(), bounds=bounds, **unmeasured)
+    with pytest.raises(ValueError, match="no group, block or module matches 'layer9'"):
+        run(problem, tmp_path, Notes(), bounds=Bounds(exclude=("layer9",)), **unmeasured)
+
+
+def test_a_run_from_before_there_were_bounds_goes_on(problem: Problem, tmp_path: Path) -> None:
+    run(problem, tmp_path, Notes(), 2)
+    study = Study(tmp_path / "journal.log", ("loss", "macs"), sampler="tpe", seed=0, trials=2)
+    space = dict(study.notes["space"])
+    del space["bounds"], space["granularity"]
+    study.note("space", space)
+    study.close()
+    run(problem, tmp_path, Notes(), 3)
+    assert len(read_run(tmp_path).records) == 3
 
 
 def test_a_folder_without_a_search(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from paretoprune.criteria import CRITERIA, select
+from paretoprune.criteria import CRITERIA, UNBOUNDED, Bounds, largest_macs, select, smallest_macs
+from paretoprune.experiments.models import digits_resnet
 from paretoprune.search import Candidate, Problem, SearchSpace
-from paretoprune.search.space import LEVELS, MOST_OFFSETS
+from paretoprune.search.space import LEVELS
+from paretoprune.search.ties import GRANULARITIES, MOST_OFFSETS, ties_of
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan, trace
 
 Saliencies = Mapping[str, Mapping[str, Tensor]]
@@ -55,9 +59,10 @@ def setting(problem: Problem) -> Setting:
     return graph, {n: c(problem.model, graph, problem.calibration) for n, c in named.items()}
 
 
-def space_of(setting: Setting, share: float = 0.5) -> SearchSpace:
+def space_of(setting: Setting, share: float = 0.5, **more: Any) -> SearchSpace:
     graph, saliencies = setting
-    return SearchSpace.of(graph, saliencies, int(share * graph.cost().macs), list(graph.blocks))
+    target = int(share * graph.cost().macs)
+    return SearchSpace.of(graph, saliencies, target, list(graph.blocks), **more)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.3])
@@ -206,6 +211,118 @@ def test_many_groups_share_the_offsets_of_their_module() -> None:
     candidate = space.suggest(Suggests())
     assert candidate.offsets["3.0"] == candidate.offsets["3.2"]
     assert len(set(candidate.offsets.values())) == 24
+
+
+LIMITED = (
+    Bounds(multiple=4),
+    Bounds(min_ratio=0.2, max_ratio=0.6),
+    Bounds(exclude=("0", "4")),
+    Bounds(3, 2, 0.1, 0.7, ("10",)),
+)
+
+
+@pytest.mark.parametrize("bounds", LIMITED)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_decision_keeps_to_the_bounds(
+    setting: Setting, bounds: Bounds, granularity: Any
+) -> None:
+    graph, saliencies = setting
+    blocks = {name: {block: 0.1 for block in graph.blocks} for name in saliencies}
+    share = (smallest_macs(graph, (), bounds) / largest_macs(graph, (), bounds) + 1) / 2
+    target = int(share * largest_macs(graph, (), bounds))
+    space = SearchSpace.of(
+        graph,
+        saliencies,
+        target,
+        list(graph.blocks),
+        blocks,
+        granularity=granularity,
+        bounds=bounds,
+    )
+    assert set(space.blocks) <= set(bounds.blocks(graph))
+    drawn = [space.suggest(Suggests(seed=seed)) for seed in range(12)]
+    for candidate in [space.suggest(Suggests(p)) for p in space.seeds(60)] + drawn:
+        plan = space.decode(candidate, graph, saliencies)
+        assert graph.cost(plan).macs <= candidate.budget * graph.cost().macs + 1e-6
+        assert set(plan.removed) <= set(bounds.blocks(graph))
+        inside = {name for block in plan.removed for name in graph.blocks[block].groups}
+        for group in graph.open_groups:
+            if group.name not in inside:
+                kept = len(plan.kept.get(group.name, range(group.size)))
+                assert kept in bounds.counts(graph, group).tolist()
+
+
+def test_multiples_and_blocks_that_leave_few_sizes_still_give_plans() -> None:
+    torch.manual_seed(0)
+    graph = trace(digits_resnet(), torch.randn(1, 1, 8, 8))
+    saliencies = {"l2": {g.name: torch.rand(g.size) for g in graph.open_groups}}
+    bounds, target = Bounds(multiple=16, exclude=("layer3.?",)), graph.cost().macs // 2
+    space = SearchSpace.of(graph, saliencies, target, tuple(graph.blocks), bounds=bounds)
+    for parameters in space.seeds(60):
+        candidate = space.suggest(Suggests(parameters))
+        plan = space.decode(candidate, graph, saliencies)
+        assert graph.cost(plan).macs <= candidate.budget * graph.cost().macs
+        assert plan.removed
+
+
+def test_groups_of_a_stage_share_an_offset(setting: Setting) -> None:
+    graph, _ = setting
+    space = space_of(setting, granularity="stage")
+    fine = {name for name in space.ties if graph.groups[name].size == 24}  # 8x8 positions
+    assert len(fine) == 3
+    assert {space.ties[name] for name in fine} == {"stage 1"}
+    assert set(space.ties.values()) == {"stage 1", "stage 2"}
+    candidate = space.suggest(Suggests(seed=1))
+    assert len({candidate.offsets[name] for name in fine}) == 1
+    assert len(set(candidate.offsets.values())) == 2
+    assert space.streams == ()  # streams share the offsets of what lies beside them
+    assert not any(any(space.suggest(Suggests(p)).offsets.values()) for p in space.seeds(60))
+
+
+def test_squeezed_features_belong_to_the_stage_of_their_block() -> None:
+    model = torchvision.models.efficientnet_b0(num_classes=3)
+    graph = trace(model, torch.randn(1, 3, 64, 64))
+    ties = ties_of(graph, "stage")
+    for block in graph.blocks.values():
+        assert len({ties[name] for name in block.groups if name in ties}) == 1
+    convolutions = [name for name in ties if name.endswith("block.0.0")]
+    assert len({ties[name] for name in convolutions}) == 5  # 32x32 to 2x2
+    assert len(set(ties.values())) < 8 < len(ties)
+
+
+def test_uniform_granularity_leaves_allocation_to_the_ranking(setting: Setting) -> None:
+    space = space_of(setting, granularity="uniform")
+    assert (space.ties, space.streams) == ({}, ())
+    seeds = space.seeds(300)
+    assert len({tuple(sorted(seed.items())) for seed in seeds}) == len(seeds)
+    assert all(not space.suggest(Suggests(seed=number)).offsets for number in range(5))
+
+
+def test_groups_that_bounds_fix_get_no_offset(setting: Setting) -> None:
+    graph, _ = setting
+    bounds = Bounds(exclude=("3",))
+    left = space_of(setting, 0.7, bounds=bounds).ties.keys()
+    assert left == {
+        name
+        for name in space_of(setting).ties
+        if len(bounds.counts(graph, graph.groups[name])) > 1
+    }
+    assert left < space_of(setting).ties.keys()
+
+
+def test_spaces_with_other_bounds_or_granularity_differ(setting: Setting) -> None:
+    plain = space_of(setting).to_json()
+    assert plain["bounds"] == UNBOUNDED.to_json()
+    others = (
+        {"bounds": Bounds(multiple=2)},
+        {"bounds": Bounds(max_ratio=0.9)},
+        {"granularity": "stage"},
+    )
+    for more in others:
+        assert space_of(setting, **more).to_json() != plain
+        assert json.loads(json.dumps(space_of(setting, **more).to_json())) == (
+            space_of(setting, **more).to_json()
+        )
 
 
 def test_an_offset_keeps_more_of_its_group(setting: Setting) -> None:

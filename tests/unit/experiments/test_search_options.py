@@ -1,0 +1,107 @@
+"""Bounds, granularity and objectives on the command line, as a person gives them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from paretoprune.criteria import CRITERIA, Bounds
+from paretoprune.experiments.__main__ import main
+from paretoprune.experiments.comparison import Comparison
+from paretoprune.experiments.models import digits_resnet
+from paretoprune.experiments.recipes import build_problem
+from paretoprune.search import read_run
+from paretoprune.surgery import PruningGraph, PruningPlan, trace
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a digits network, so that the recipe does not train."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(digits_resnet().state_dict(), file)
+    return str(file)
+
+
+def search(weights: str, folder: Path, run: str, *options: str) -> int:
+    given = ["--weights", weights, "--runs-dir", str(folder), "--run", run, "--quiet"]
+    return main(["search", "digits", *given, "--workers", "0", "--criteria", "l2", *options])
+
+
+def graph() -> PruningGraph:
+    return trace(digits_resnet(), torch.randn(2, 1, 8, 8))
+
+
+def within(plan: PruningPlan | None, bounds: Bounds) -> bool:
+    """Whether a plan of the digits network keeps to bounds."""
+    assert plan is not None
+    network = graph()
+    inside = {name for block in plan.removed for name in network.blocks[block].groups}
+    kept = {
+        group: len(plan.kept.get(group.name, range(group.size)))
+        for group in network.open_groups
+        if group.name not in inside
+    }
+    even = all(
+        count % bounds.multiple == 0 or count == group.size for group, count in kept.items()
+    )
+    ratios = [1 - count / group.size for group, count in kept.items() if count < group.size]
+    whole = not set(bounds.exclude) & plan.kept.keys()
+    return even and whole and all(ratio <= bounds.max_ratio + 1e-9 for ratio in ratios)
+
+
+def test_a_search_keeps_to_its_options_and_a_resumed_one_to_them(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--multiple", "2", "--max-ratio", "75%", "--exclude", "conv1, layer3.1")
+    more = ("--granularity", "stage", "--objectives", "accuracy,params", "--trials", "6")
+    assert search(untrained, tmp_path, "mine", "--flops", "60%", *options, *more) == 0
+    info = read_run(tmp_path / "mine")
+    bounds = Bounds(multiple=2, max_ratio=0.75, exclude=("conv1",))
+    for record in info.records:
+        assert within(record.plan, bounds)
+        assert record.plan is not None
+        assert "layer3.1" not in record.plan.removed
+    assert [one.name for one in info.objectives] == ["accuracy", "params"]
+    spec = json.loads((tmp_path / "mine" / "run.json").read_text())
+    assert spec["bounds"]["exclude"] == ["conv1", "layer3.1"]
+    capsys.readouterr()
+    (tmp_path / "mine" / "run.json").write_text(json.dumps({**spec, "trials": 7}))
+    assert main(["resume", "mine", "--runs-dir", str(tmp_path), "--quiet"]) == 0
+    (last,) = [one for one in read_run(tmp_path / "mine").records if one.number == 6]
+    assert within(last.plan, bounds)
+    changed = {**spec, "trials": 8, "bounds": {**spec["bounds"], "multiple": 4}}
+    (tmp_path / "mine" / "run.json").write_text(json.dumps(changed))
+    assert main(["resume", "mine", "--runs-dir", str(tmp_path), "--quiet"]) == 2
+    assert "a search with other settings (bounds differ)" in capsys.readouterr().err
+
+
+def test_steps_keep_to_multiples_and_exclusions(untrained: str, tmp_path: Path) -> None:
+    options = ("--multiple", "4", "--exclude", "layer2.1", "--strategy", "everything")
+    assert search(untrained, tmp_path, "steps", "--flops", "70%", *options) == 0
+    for record in read_run(tmp_path / "steps").records:
+        assert within(record.plan, Bounds(multiple=4))
+        assert record.plan is not None
+        assert "layer2.1" not in record.plan.removed
+
+
+def test_compared_plans_keep_to_the_bounds(untrained: str, tmp_path: Path) -> None:
+    problem = build_problem("digits", weights=untrained)
+    bounds = Bounds(multiple=4, exclude=("layer1.0.conv1",))
+    comparison = Comparison(problem, {"l2": CRITERIA["l2"]()}, tmp_path, bounds=bounds)
+    assert within(comparison.plan("l2", 0.5, "units and blocks"), bounds)
+    options = [
+        "--multiple",
+        "4",
+        "--flops",
+        "50%",
+        "--criteria",
+        "l2",
+        "--runs-dir",
+        str(tmp_path),
+    ]
+    assert main(["compare", "digits", "--weights", untrained, "--quiet", *options]) == 0
