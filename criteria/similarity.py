@@ -151,8 +151,9 @@ def gaussian_shape(
     are the means, and B is the Bures distance of the covariances, n and y's covariance rotated by
     one orthogonal matrix Q for all classes. As B is the least |R - U S Q| over orthogonal U, with
     R and S the centred features over the root of their number, U and Q are improved in turn, from
-    Q = 1 on, which never enlarges the distance. What is found need not be the least of all, but a
-    masked structure moves features little, for which five rounds come within 0.1 % of the end.
+    Q = 1 on, which never enlarges the distance. What is found need not be the least of all. On
+    random features five rounds came within 0.1 % of what 100 find where the change was a tenth of
+    the features, and within 4 % where it was as large as they are.
 
     At 256 examples, 64 features and 10 classes it takes 10 ms of one CPU core (2 ms with
     alpha = 2), at 2,048 features and 1,000 classes 0.5 s.
