@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ray
 import torch
-from ray import cloudpickle
-from torch import nn
 
-from paretoprune.search import Batch, Completed, Failed, ParetoFront, Problem, Record, SearchInfo
+from paretoprune.search import Batch, Completed, Failed, ParetoFront, Record, SearchInfo
 from paretoprune.search import search as run_search
+from tests.toy import local_ray, noise
 
 TRIALS = 16
 LIMIT = 30.0  # far above the 0.1 s of an evaluation, far below what hangs
@@ -77,21 +73,9 @@ class Arming:
 
 def search(folder: Path, faults: tuple[str, ...], workers: int, limit: float | None) -> list[str]:
     """Runs a search with faults; returns a word for the outcome of every plan."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(24, 40, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(40, 40, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(40, 4),
-    ).eval()
-    inputs, targets = torch.randn(32, 1, 8, 8), torch.arange(32) % 4
-    batches = [(inputs, targets)]
-    problem = Problem(model, inputs[:2], batches, Faulty(batches, folder, faults))
+    problem = noise()
+    batches = [*problem.validation]
+    problem = replace(problem, validation=Faulty(batches, folder, faults))
     heard = Arming(folder, [])
     front = run_search(
         problem,
@@ -128,22 +112,11 @@ def test_in_this_process(tmp_path: Path) -> None:
 
 
 def test_on_ray_also_what_hangs(tmp_path: Path) -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
+    with local_ray(__name__):
         faults = ("hangs", "raises", "memory", "torch memory", "nan")
         words = Counter(search(tmp_path, faults, 2, LIMIT))
         hung = int((tmp_path / "hangs").read_text())
         assert not _is_running(hung)
-    finally:
-        ray.shutdown()
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert words.pop("completed") > 0
     assert words == {"timeout": 1, "error": 1, "memory": 2, "not finite": 1}
 

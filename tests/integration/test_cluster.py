@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,44 +11,28 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 import paretoprune.search
-from paretoprune.search import Candidate, Completed
-from paretoprune.search.ledger import Ledger
-from paretoprune.search.searcher import Decisions, Searcher
-from paretoprune.search.space import Suggester
-from paretoprune.search.study import Study
+from paretoprune.search import Completed
 from paretoprune.search.workers import RayWorkers
-from paretoprune.surgery import Cost, PruningPlan
-
-UNITS = 200
+from paretoprune.surgery import PruningPlan
+from tests.toy import by_value, metrics_of, searched, units_of
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head and two more nodes, of one core each; one of them says that it has a GPU."""
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    started = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-    )
-    started.add_node(num_cpus=1)
-    started.add_node(num_cpus=1, num_gpus=1)
-    started.wait_for_nodes()
-    yield started
-    ray.shutdown()
-    started.shutdown()
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-def suggest(trial: Suggester) -> Candidate:
-    return Candidate("l2", 1.0, offsets={"group": trial.suggest_float("share", 0, 1)})
-
-
-def decode(candidate: Candidate) -> tuple[PruningPlan, Cost]:
-    plan = PruningPlan({"group": tuple(range(1 + round(candidate.offsets["group"] * UNITS)))})
-    return plan, Cost(len(plan.kept["group"]), 1)
+    with by_value(__name__):
+        started = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+        started.add_node(num_cpus=1)
+        started.add_node(num_cpus=1, num_gpus=1)
+        started.wait_for_nodes()
+        yield started
+        ray.shutdown()
+        started.shutdown()
 
 
 @dataclass
@@ -67,17 +50,16 @@ class Evaluation:
     nodes: int
 
     def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
-        units = len(plan.kept["group"])
         node = ray.get_runtime_context().get_node_id()
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or "none"
         with self.log.open("a") as file:
-            file.write(f"{units} {node} {gpus} {paretoprune.search.__file__}\n")
+            file.write(f"{units_of(plan)} {node} {gpus} {paretoprune.search.__file__}\n")
         time.sleep(self.seconds)
         limit = time.monotonic() + 120
         while len({line[1] for line in self.lines()}) < self.nodes:
             assert time.monotonic() < limit, "some node does nothing"
             time.sleep(0.1)
-        return {"loss": 1 - units / UNITS, "macs": units, "params": 1}
+        return metrics_of(plan)
 
     def lines(self) -> list[list[str]]:
         if not self.log.exists():
@@ -98,14 +80,6 @@ class Search:
     def run(self, workers: RayWorkers, cluster: Cluster | None = None) -> Evaluation:
         """Returns the evaluation after exactly the trials that were asked for completed."""
         evaluation = Evaluation(self.folder / "log", self.seconds, self.nodes)
-        study = Study(
-            self.folder / "journal.log",
-            ("loss", "macs"),
-            sampler="random",
-            seed=0,
-            trials=self.trials,
-        )
-        study.begin([], UNITS)
         finished = 0
 
         def heard(record: object) -> None:
@@ -115,13 +89,7 @@ class Search:
                 nodes = cluster.list_all_nodes()
                 cluster.remove_node(nodes[1], allow_graceful=False)
 
-        searcher = Searcher(study, Decisions(suggest, decode), self.trials, 0, heard)
-        try:
-            workers(searcher, evaluation, Ledger(self.folder / "evals"))
-            records = study.records()
-        finally:
-            study.close()
-        assert [record.number for record in records] == list(range(self.trials))
+        records = searched(self.folder, workers, evaluation, self.trials, finished=heard)
         assert all(isinstance(record.outcome, Completed) for record in records)
         return evaluation
 

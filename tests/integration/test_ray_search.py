@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,56 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
-from ray import cloudpickle
-from torch import nn
 
 from paretoprune.search import (
-    Candidate,
     Completed,
     Failed,
     Outcome,
     ParetoFront,
-    Problem,
     Record,
     SearchInfo,
     search,
 )
-from paretoprune.search.ledger import Ledger
-from paretoprune.search.searcher import Decisions, Searcher
-from paretoprune.search.space import Suggester
-from paretoprune.search.study import Study
 from paretoprune.search.workers import RayWorkers
-from paretoprune.surgery import Cost, PruningPlan
+from paretoprune.surgery import PruningPlan
+from tests.toy import UNITS, local_ray, metrics_of, noise, searched, units_of
 
-UNITS = 64
 TRIALS = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> Iterator[None]:
-    """Starts Ray once; workers cannot import this file, so its classes travel by value."""
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    yield
-    ray.shutdown()
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-def suggest(trial: Suggester) -> Candidate:
-    return Candidate("l2", 1.0, offsets={"group": trial.suggest_float("share", 0, 1)})
-
-
-def decode(candidate: Candidate) -> tuple[PruningPlan, Cost]:
-    plan = PruningPlan({"group": tuple(range(1 + round(candidate.offsets["group"] * UNITS)))})
-    return plan, Cost(len(plan.kept["group"]), 1)
+    """Starts Ray once."""
+    with local_ray(__name__):
+        yield
 
 
 @dataclass
@@ -85,7 +56,7 @@ class Evaluation:
             file.write(f"{os.getpid()}\n")
 
     def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
-        units = len(plan.kept["group"])
+        units = units_of(plan)
         before = self.log.read_text() if self.log.exists() else ""
         with self.log.open("a") as file:
             file.write(f"{units} {os.getpid()} {torch.get_num_threads()} {Path.cwd()}\n")
@@ -99,7 +70,7 @@ class Evaluation:
         while self.wrong == "meets" and len(self._processes()) < 2:
             assert time.monotonic() < wait_until, "no second worker within 30 s"
             time.sleep(0.05)
-        return {"loss": 1 - units / UNITS, "macs": units, "params": 1}
+        return metrics_of(plan)
 
     def _processes(self) -> set[str]:
         return {line[1] for line in self.lines()}
@@ -110,19 +81,9 @@ class Evaluation:
 
 def run(folder: Path, evaluation: Evaluation, workers: int = 2) -> list[Outcome]:
     """Runs a search; returns the outcomes by number."""
-    study = Study(
-        folder / "journal.log", ("loss", "macs"), sampler="random", seed=0, trials=TRIALS
-    )
-    study.begin([{"share": 0.5}], UNITS)
-    searcher = Searcher(study, Decisions(suggest, decode), TRIALS, 0, lambda record: None)
-    try:
-        RayWorkers(workers)(searcher, evaluation, Ledger(folder / "evals"))
-        assert searcher.done
-        records = study.records()
-        assert [record.number for record in records] == list(range(TRIALS))
-        return [record.outcome for record in records]
-    finally:
-        study.close()
+    seeds = [{"share": 0.5}]
+    records = searched(folder, RayWorkers(workers), evaluation, TRIALS, seeds=seeds)
+    return [record.outcome for record in records]
 
 
 def test_workers_evaluate_every_plan_once(tmp_path: Path) -> None:
@@ -194,30 +155,12 @@ class Broken:
     def ended(self, front: ParetoFront, interrupted: bool) -> None: ...
 
 
-def problem() -> Problem:
-    """A small untrained network on noise."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1),
-        nn.BatchNorm2d(24),
-        nn.ReLU(),
-        nn.Conv2d(24, 40, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(40, 4),
-    ).eval()
-    inputs, targets = torch.randn(32, 1, 8, 8), torch.arange(32) % 4
-    batches = [(inputs, targets)]
-    return Problem(model, inputs[:2], batches, batches)
-
-
 def test_a_real_search_and_the_error_of_a_listener(tmp_path: Path) -> None:
     same: dict[str, Any] = {"sampler": "random"}  # others decide by what is finished so far
     with pytest.raises(RuntimeError, match=r"^no server$"):
-        search(problem(), 0.5, 6, **same, workers=2, run_dir=tmp_path, listeners=[Broken()])
-    resumed = search(problem(), 0.5, 6, **same, workers=0, run_dir=tmp_path)
-    whole = search(problem(), 0.5, 6, **same, workers=0)
+        search(noise(), 0.5, 6, **same, workers=2, run_dir=tmp_path, listeners=[Broken()])
+    resumed = search(noise(), 0.5, 6, **same, workers=0, run_dir=tmp_path)
+    whole = search(noise(), 0.5, 6, **same, workers=0)
     assert resumed.records
     assert [(r.number, r.plan) for r in resumed.records] == [
         (r.number, r.plan) for r in whole.records
