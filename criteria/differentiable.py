@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Execution, Values
-from paretoprune.surgery.program import Node, as_call, shared_copy
+from paretoprune.surgery.program import Instead, Node, as_call, shared_copy
 
 Change = Callable[[Node, Values], Tensor | None]
 """Called after every operator; what it returns, if anything, takes the place of the value."""
@@ -64,6 +64,7 @@ def run(
     *,
     before: Callable[[Node, Values], None] | None = None,
     after: Change | None = None,
+    instead: Mapping[str, Instead] | None = None,
 ) -> Values:
     """Returns the values of the whole program, with the gradients that autograd records.
 
@@ -73,6 +74,7 @@ def run(
         inputs: A tensor, tuple of arguments or dict of keyword arguments.
         before: Called before every operator.
         after: Called after every operator, see `Change`.
+        instead: By node, what computes its value from the operator and its arguments.
     """
     execution = Execution(graph)
     args, kwargs = as_call(inputs)
@@ -94,7 +96,7 @@ def run(
             else:
                 if before is not None:
                     before(node, values)
-                values = execution.ahead([node.name], values, batch or 1)
+                values = execution.ahead([node.name], values, batch or 1, instead)
                 if after is not None and (changed := after(node, values)) is not None:
                     values[node.name] = changed
     return values

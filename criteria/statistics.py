@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from paretoprune.criteria.differentiable import Outputs, leaves_of, run
-from paretoprune.criteria.units import Units
+from paretoprune.criteria.units import LAYERS, Tap, Units
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Values
 from paretoprune.surgery.program import Node, Ref
@@ -102,6 +102,7 @@ class _Gathering:
         self._units = Units(graph)
         self._activated = activation_units(graph)
         self._taps = {tap.node: tap for tap in self._units.taps} if curvature else {}
+        self._norms = _norms_with_layers(graph, self._taps)
         first = next(iter(self._leaves.values()), torch.zeros(0))
         device, self._dtype = first.device, first.dtype
         self._vectors = {
@@ -143,15 +144,22 @@ class _Gathering:
 
         gates = torch.ones(1, self._units.count + 1, dtype=self._dtype, device=self._open.device)
         gates.requires_grad_()
+        instead = {
+            name: self._units.gated_norm(self._taps[name], self._taps.get(layer), gates)
+            for name, layer in self._norms.items()
+        }
+        merged = {*self._norms, *self._norms.values()}
 
         def after(node: Node, values: Values) -> None:
-            if node.name in self._taps:
+            if node.name in self._taps and node.name not in merged:
                 tap = self._taps[node.name]
                 values[node.name] = self._units.gated(values[node.name], tap, gates)
             if node.name in self._activated and values[node.name].requires_grad:
                 leaving[node.name] = values[node.name]
 
-        values = run(self._graph, self._tensors, inputs, before=before, after=after)
+        values = run(
+            self._graph, self._tensors, inputs, before=before, after=after, instead=instead
+        )
         loss = self._loss(outputs(values), targets)
         del values
         names, leaves = list(self._leaves), list(self._leaves.values())
@@ -244,6 +252,23 @@ class _Gathering:
             leaks=vectors["leaks"] / self._examples,
             curvature=vectors["curvature"] / self._examples if self._curvature else None,
         )
+
+
+def _norms_with_layers(graph: PruningGraph, taps: Mapping[str, Tap]) -> dict[str, str]:
+    """Returns the BatchNorms among taps, each with the layer that it alone reads, or no name.
+
+    Those without a scale or with the statistics of the batch are left out.
+    """
+    nodes, users = graph.program.nodes, graph.program.users()
+    found: dict[str, str] = {}
+    for name in taps:
+        node = nodes[name]
+        if node.operator == "batch_norm" and node.args[5] is False:
+            source = node.args[0].name
+            alone = [user.name for user in users[source]] == [name]
+            layer = source in taps and nodes[source].operator in LAYERS and taps[source].axis == 1
+            found[name] = source if layer and alone and source not in graph.program.outputs else ""
+    return found
 
 
 def activation_units(graph: PruningGraph) -> dict[str, tuple[int, Tensor]]:

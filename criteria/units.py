@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paretoprune.surgery import PruningGraph
-from paretoprune.surgery.program import Node, Ref
+from paretoprune.surgery.program import Instead, Node, Ref
 
 _TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 LAYERS = {"conv1d", "conv2d", "conv3d", "linear", *_TRANSPOSED}
@@ -138,6 +139,32 @@ class Units:
         shape = [1] * value.ndim
         shape[tap.examples], shape[tap.axis] = own.shape
         return value * own.reshape(shape)
+
+    def gated_norm(self, norm: Tap, layer: Tap | None, gates: Tensor) -> Instead:
+        """Returns what computes a BatchNorm in eval mode, times the factors of its units.
+
+        With fixed statistics it is a factor and a shift per channel, into which the gates of the
+        norm, and of the layer before it, go: one pass over the values, which is differentiated
+        twice several times as fast as the norm's own operator and two products.
+
+        Args:
+            norm: The tap of the norm.
+            layer: The tap that puts out what the norm reads, ungated; None where there is none.
+            gates: Shape (1, n + 1).
+        """
+
+        def line(tap: Tap) -> Tensor:
+            return gates[0, tap.units.remainder(self.count + 1).to(gates.device)]
+
+        def compute(_operator: Any, args: list[Any], _kwargs: dict[str, Any]) -> Tensor:
+            value, weight, bias, mean, var, _, _, eps = args[:8]
+            factor = weight * (var + eps).rsqrt()
+            shift = -mean * factor if bias is None else bias - mean * factor
+            own, shape = line(norm), (-1, *[1] * (value.ndim - 2))
+            scale = factor * own if layer is None else factor * own * line(layer)
+            return torch.addcmul((shift * own).reshape(shape), value, scale.reshape(shape))
+
+        return compute
 
     def places(self, names: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
         """Yields every (parameter, axis) along which units lie, of the parameters in `names`."""

@@ -108,11 +108,18 @@ class Execution:
                     values.pop(name, None)
         return {name: values[name] for name in self.program.outputs if name in values}
 
-    def ahead(self, names: Iterable[str], values: Values, batch: int) -> Values:
+    def ahead(
+        self,
+        names: Iterable[str],
+        values: Values,
+        batch: int,
+        instead: Mapping[str, Instead] | None = None,
+    ) -> Values:
         """Returns `values` with some nodes run before their turn; `values` stays as it is."""
         known = dict(values)
         for name in names:
-            known[name] = self._call(self.program.nodes[name], known, batch)
+            computed = None if instead is None else instead.get(name)
+            known[name] = self._call(self.program.nodes[name], known, batch, computed)
         return known
 
     def _needed(self, zeroed: Collection[str]) -> set[str]:

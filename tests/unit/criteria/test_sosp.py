@@ -88,6 +88,28 @@ def scaled() -> Case:
     return case(Scaled(), torch.randn(9, 4))
 
 
+class Forked(nn.Module):
+    """A layer is read by a norm and beside it; norms without shift, scale or fixed statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn0 = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+        self.bn1.register_parameter("bias", None)
+        self.conv2, self.bn2 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x)
+        x = torch.tanh(self.bn0(x) + x)
+        x = self.bn1(self.conv1(x))
+        return self.head(torch.tanh(self.bn2(self.conv2(torch.tanh(self.bn1(x))))).mean((2, 3)))
+
+
+def forked() -> Case:
+    return case(Forked(), torch.randn(6, 2, 5, 5))
+
+
 CASES = pytest.mark.parametrize("build", [perceptron, convolutional])
 
 
@@ -116,7 +138,7 @@ def test_slopes_and_curvature_equal_the_explicit_gradient_and_hessian(build: Any
     torch.testing.assert_close(torch.cat(list(saliency.values())), expected.float())
 
 
-@pytest.mark.parametrize("build", [partly_fixed, scaled])
+@pytest.mark.parametrize("build", [partly_fixed, scaled, forked])
 def test_curvature_counts_weights_beside_layers_and_only_what_may_leave(build: Any) -> None:
     model, graph, inputs, targets = build()
     measured = shared(inputs, targets).statistics(model, graph, curvature=True)
