@@ -144,8 +144,8 @@ def search(
         str,
         typer.Option(
             metavar="A,B",
-            help="What is optimised, two or more of loss, accuracy, macs, params, cka; the first "
-            "one ranks.",
+            help="What is optimised, two or more of loss, accuracy, macs, params, cka, "
+            "latency; the first one ranks.",
         ),
     ] = "loss,macs",
     granularity: Annotated[

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paretoprune.experiments.formats import Written
-from paretoprune.experiments.latency import Latency
 from paretoprune.experiments.reports import Report
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Record
+from paretoprune.search.latency import Latency
 from paretoprune.search.record import LAYER, NEURONS
 from paretoprune.surgery import Cost
 from paretoprune.surgery.serialization import is_trusted

@@ -28,6 +28,7 @@ from paretoprune.experiments.progress import (
 from paretoprune.experiments.recipes import RECIPES, build_problem
 from paretoprune.experiments.references import load_weights
 from paretoprune.experiments.runs import RunSpec
+from paretoprune.experiments.summary import advantages
 from paretoprune.experiments.tables import front_csv, front_json, front_table
 from paretoprune.experiments.tracker import MlflowListener
 from paretoprune.experiments.units import parse_flops, parse_fraction
@@ -347,8 +348,9 @@ def _print_result(view: SearchView, folder: Path, as_json: bool) -> None:
 def _print_front(view: SearchView, folder: Path) -> None:
     console = results_console()
     console.print(
-        f"Pareto front of [bold]{folder.name}[/bold] after {len(view.records)} trials: MACs (the "
-        f"papers' FLOPs) against loss; loss and accuracy on the search split"
+        f"Pareto front of [bold]{folder.name}[/bold] after {len(view.records)} trials: no other "
+        f"trial has {advantages(view)} at once; MACs are the papers' FLOPs, loss and accuracy "
+        f"those on the search split"
     )
     if view.front_rows:
         console.print(front_table(view.front_rows, view.dense, view.dense_metrics))

@@ -19,11 +19,11 @@ from torch import nn
 from paretoprune.experiments.card import CardFacts, Measured, model_card, weights_bytes
 from paretoprune.experiments.counting import thop_macs
 from paretoprune.experiments.formats import ExportFailed, Written, count_examples, write_format
-from paretoprune.experiments.latency import Latency, conditions, measure_latency, widths
 from paretoprune.experiments.reports import REPORTS, Report, check_reports
 from paretoprune.experiments.runs import library_versions
 from paretoprune.search import Batch, Completed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
+from paretoprune.search.latency import Latency, conditions, measure_latency, widths
 from paretoprune.search.metrics import evaluate, forward
 from paretoprune.search.weights import FINETUNED, Weights, trained_weights
 from paretoprune.surgery import (

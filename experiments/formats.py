@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from paretoprune.experiments.latency import Latency, one_thread, time_in_turns
 from paretoprune.search.evaluation import one_line
+from paretoprune.search.latency import Latency, one_thread, time_in_turns
 from paretoprune.search.metrics import forward
 from paretoprune.surgery.program import as_call
 

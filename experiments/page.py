@@ -13,6 +13,7 @@ from paretoprune.experiments.importance import Importance, caption, importance_f
 from paretoprune.experiments.plots import BUDGET, DENSE, FRONT, GONE, SEED, TRIAL
 from paretoprune.experiments.summary import (
     accuracy_range,
+    advantages,
     counts,
     headline,
     loss_range,
@@ -20,16 +21,13 @@ from paretoprune.experiments.summary import (
     ratio_matrix,
     share_range,
     steps,
+    title,
     value_of,
 )
-from paretoprune.experiments.tables import NUMBERS, WORDS, Row, dense_numbers, numbers, words
+from paretoprune.experiments.tables import WORDS, Row, dense_numbers, number_heads, numbers, words
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.experiments.view import SearchView
 
-_TITLES = {
-    "accuracy": "Accuracy on the search split, %",
-    "loss": "Loss on the search split, nats (what is ranked)",
-}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #0f172a; margin: 0 auto; padding: 1.5rem;
        max-width: 1100px; background: #fff; }
@@ -61,7 +59,7 @@ def front_page(view: SearchView, found: Importance | None = None) -> str:
 <meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>
 <h1>{escape(headline(view)).replace(" %", "&nbsp;%")}</h1>
 <p>{escape(counts(view))}; {len(view.front_rows)} of them form the Pareto front: no other trial has
-both a lower loss and fewer MACs. MACs are the papers' FLOPs (one multiply-accumulate = 1).
+{advantages(view)} at once. MACs are the papers' FLOPs (one multiply-accumulate = 1).
 Point at a mark for the trial behind it, drag to zoom, double-click to see everything.</p>
 {front}
 <h2>Members of the front</h2>
@@ -76,7 +74,7 @@ of all layers that shrink together; it bears the name of the first of them.</p>
 whole is red.</p>
 {ratios}
 <h2>Hypervolume of the front over trials</h2>
-<p>How much of the space of loss and MACs the front dominates; it can only rise.</p>
+<p>How much of the space of the objectives the front dominates; it can only rise.</p>
 {volume}
 {_decisions(found)}
 </body></html>
@@ -111,7 +109,7 @@ def front_figure(view: SearchView) -> Any:
     names = measured(view) or ["accuracy"]
     figure = make_subplots(
         rows=len(names), cols=1, shared_xaxes=True, vertical_spacing=0.09,
-        subplot_titles=[_TITLES[name] for name in names],
+        subplot_titles=[title(view, name) for name in names],
     )  # fmt: skip
     figure.update_annotations(x=0, xanchor="left", font_size=13)
     for at, name in enumerate(names, start=1):
@@ -247,7 +245,7 @@ def _dense(figure: Any, view: SearchView, value: float, at: int, *, log: bool) -
 
 
 def _table(view: SearchView) -> str:
-    head = "".join(f"<th>{name}</th>" for name in NUMBERS)
+    head = "".join(f"<th>{name}</th>" for name in number_heads(view.dense_metrics))
     head += "".join(f"<th class=word>{name}</th>" for name in WORDS)
     dense = _line(dense_numbers(view.dense, view.dense_metrics), ["–", "–"], "dense")
     lines = [_line(numbers(row), words(row, most_blocks=99)) for row in view.front_rows]

@@ -14,6 +14,7 @@ from paretoprune.experiments.summary import (
     ratio_matrix,
     share_range,
     steps,
+    title,
     value_of,
 )
 from paretoprune.experiments.tables import Row
@@ -104,11 +105,11 @@ def _landmarks(axis: Axes, view: SearchView, name: str) -> None:
         axis.set_ylim(low, high)
         below = sum(value_of(row, name) < low for row in view.rows)
         note = f" ({below} trials lie below the axis)" if below else ""
-        axis.set_title(f"Accuracy on the search split, %{note}", loc="left", fontsize=10)
+        axis.set_title(f"{title(view, name)}{note}", loc="left", fontsize=10)
     else:
         _log_scale(axis)
         axis.set_ylim(*loss_range(view))
-        axis.set_title("Loss on the search split, nats (what is ranked)", loc="left", fontsize=10)
+        axis.set_title(title(view, name), loc="left", fontsize=10)
     if name in view.dense_metrics:
         _dense_line(axis, view.dense_metrics[name] * (100 if name == "accuracy" else 1))
 

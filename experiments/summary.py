@@ -55,6 +55,31 @@ def measured(view: SearchView) -> list[str]:
     ]
 
 
+_ADVANTAGES = {
+    "loss": "a lower loss",
+    "accuracy": "a higher accuracy",
+    "macs": "fewer MACs",
+    "params": "fewer params",
+    "cka": "features more alike to the dense network's",
+    "latency": "a lower latency",
+}
+
+
+def advantages(view: SearchView) -> str:
+    """Returns what no other trial has at once of a member, as `a lower loss and fewer MACs`."""
+    *first, last = [_ADVANTAGES[objective.name] for objective in view.objectives]
+    return f"{', '.join(first)} and {last}"
+
+
+def title(view: SearchView, name: str) -> str:
+    """Returns the title of a picture of accuracy or loss."""
+    said = {
+        "accuracy": "Accuracy on the search split, %",
+        "loss": "Loss on the search split, nats",
+    }[name]
+    return f"{said} (what is ranked)" if name == view.objectives[0].name else said
+
+
 def value_of(row: Row, name: str) -> float:
     """Returns a row's accuracy in percent, or its loss in nats."""
     value = getattr(row, name)
@@ -160,10 +185,27 @@ def note(view: SearchView, run: str, asked: str = "", links: str = "") -> str:
         "the share of the MACs that is left, `flops_reduction` what is gone, "
         "`pruning_ratio.*` the share of units removed per stage, `plan.json` the exact decision.",
         "- `loss` and `accuracy` are measured on the search split: training data held out of "
-        "calibration, not the test data. Trials are ranked by `loss`, because a trained network "
-        "has often seen that split and its accuracy there saturates.",
+        f"calibration, not the test data. {_ranked(view)}",
+        *(
+            [
+                "- `latency`: milliseconds of a forward pass of the example inputs; see the "
+                "documentation for how far to trust it."
+            ]
+            if "latency" in view.dense_metrics
+            else []
+        ),
         "- `origin = seed` marks the one-shot baselines that the search began with.",
         "",
         f"Export the best: `paretoprune export {run} --to DIR`; it becomes a registered model.",
     ]
     return "\n".join(lines)
+
+
+def _ranked(view: SearchView) -> str:
+    """Returns by what trials are ranked, as a sentence."""
+    if view.objectives[0].name == "loss":
+        return (
+            "Trials are ranked by `loss`, because a trained network has often seen that split and "
+            "its accuracy there saturates."
+        )
+    return f"Trials are ranked by `{view.objectives[0].name}`."

@@ -40,6 +40,7 @@ class Row:
             handed out without it; None without one.
         finetuned_accuracy_before: Its accuracy; None likewise.
         finetuning_taken: Whether the fine-tuned network is no worse and handed out; None without.
+        latency: Milliseconds of a forward pass; None where it is no objective.
     """
 
     trial: int
@@ -59,6 +60,7 @@ class Row:
     finetuned_loss_before: float | None = None
     finetuned_accuracy_before: float | None = None
     finetuning_taken: bool | None = None
+    latency: float | None = None
 
 
 def rows_of(records: Iterable[Record], front: ParetoFront, dense: Cost) -> list[Row]:
@@ -97,6 +99,7 @@ def _row(record: Record, outcome: Completed, dense: Cost, on_front: bool) -> Row
         finetuned_loss_before=after.get("loss_before"),
         finetuned_accuracy_before=after.get("accuracy_before"),
         finetuning_taken=record.finetuning_taken if after else None,
+        latency=metrics.get("latency"),
     )
 
 
@@ -117,26 +120,37 @@ def front_csv(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-NUMBERS = ("trial", "MACs", "share", "params", "loss", "accuracy")
 WORDS = ("criterion and allocation", "blocks removed")
-"""Heads of a table of the front: first the columns of `numbers`, then those of `words`."""
+"""Heads of the last columns in a table of the front, those of `words`."""
+
+
+def number_heads(dense_metrics: Mapping[str, float]) -> list[str]:
+    """Returns the heads of the first columns, those of `numbers`.
+
+    Args:
+        dense_metrics: What was measured of the dense network.
+    """
+    timed = ["latency"] if "latency" in dense_metrics else []
+    return ["trial", "MACs", "share", "params", "loss", "accuracy", *timed]
 
 
 def numbers(row: Row) -> list[str]:
-    """Returns a row's cells under `NUMBERS`."""
+    """Returns a row's cells under `number_heads`."""
     return [
         str(row.trial),
         format_count(row.macs),
         format_percent(row.macs_ratio),
         format_count(row.params),
         *_quality(row.loss, row.accuracy),
+        *_timed(row.latency),
     ]
 
 
 def dense_numbers(dense: Cost, metrics: Mapping[str, float]) -> list[str]:
-    """Returns the dense network's cells under `NUMBERS`."""
+    """Returns the dense network's cells under `number_heads`."""
     quality = _quality(metrics.get("loss"), metrics.get("accuracy"))
-    return ["dense", format_count(dense.macs), "100.0 %", format_count(dense.params), *quality]
+    costs = [format_count(dense.macs), "100.0 %", format_count(dense.params)]
+    return ["dense", *costs, *quality, *_timed(metrics.get("latency"))]
 
 
 def words(row: Row, most_blocks: int) -> list[str]:
@@ -156,6 +170,10 @@ def _quality(loss: float | None, accuracy: float | None) -> list[str]:
     ]
 
 
+def _timed(latency: float | None) -> list[str]:
+    return [] if latency is None else [f"{latency:.3g} ms"]
+
+
 def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, float]) -> Table:
     """Returns a table of at most 100 columns with the dense network as its first line.
 
@@ -165,7 +183,7 @@ def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, fl
         dense_metrics: Its `loss` and `accuracy` on the search split.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in NUMBERS:
+    for name in number_heads(dense_metrics):
         table.add_column(name, justify="right", no_wrap=True)
     finetuned = any(row.finetuned_loss is not None for row in rows)
     if finetuned:

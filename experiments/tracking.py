@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from paretoprune.criteria import UNBOUNDED, Bounds
 from paretoprune.experiments import page
 from paretoprune.experiments.comparison import Shot
 from paretoprune.experiments.importance import importance
@@ -123,6 +124,9 @@ class SearchRuns:
             "target_macs": view.target,
             "trials": spec.trials,
             "criteria": ", ".join(spec.criteria),
+            "objectives": ", ".join(spec.objectives),
+            "granularity": spec.granularity,
+            "bounds": _said(spec.bounds),
             "sampler": spec.sampler or "none",
             "seed": spec.seed,
             "dense_macs": view.dense.macs,
@@ -199,7 +203,7 @@ class SearchRuns:
                 self._pareto[number] = number in members
 
     def add_progress(self, hypervolumes: list[tuple[int, float]], view: SearchView) -> None:
-        """Writes the parent's curves: hypervolume, and loss and accuracy of the best."""
+        """Writes the parent's curves: hypervolume, and what the best reached."""
         from mlflow.entities import Metric
 
         now = _now()
@@ -209,7 +213,7 @@ class SearchRuns:
             assert isinstance(best, Completed)
             metrics += [
                 Metric(f"best_{name}", round(best.metrics[name], 4), now, hypervolumes[-1][0])
-                for name in ("loss", "accuracy")
+                for name in ("loss", "accuracy", "latency")
                 if name in best.metrics
             ]
         for start in range(0, len(metrics), 1000):  # MLflow's limit per call
@@ -275,6 +279,15 @@ def log_comparison(
     client.log_batch(run, params=[Param("flops", flops)])
     client.log_artifacts(run, str(folder))
     client.set_terminated(run)
+
+
+def _said(bounds: Bounds) -> str:
+    """Returns the bounds that are none of the defaults, such as `multiple 8, max_ratio 0.8`."""
+    plain = UNBOUNDED.to_json()
+    given = {name: value for name, value in bounds.to_json().items() if value != plain[name]}
+    if bounds.exclude:
+        given["exclude"] = " ".join(bounds.exclude)
+    return ", ".join(f"{name} {value}" for name, value in given.items()) or "none"
 
 
 def _now() -> int:

@@ -167,10 +167,10 @@ def check_steps(
         raise ValueError(
             f"the strategy everything takes one criterion, but got {', '.join(names)}."
         )
-    if "cka" in objectives:
+    for name in sorted({"cka", "latency"}.intersection(objectives)):
         raise ValueError(
             f"the strategy everything compares candidates with their parents and not with the "
-            f"dense network; cka is no objective of it, but got {list(objectives)}."
+            f"dense network; {name} is no objective of it, but got {list(objectives)}."
         )
     if bounds.min_ratio > 0 or bounds.max_ratio < 1:
         raise ValueError(

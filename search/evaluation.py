@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from paretoprune.criteria.ablation import penultimate_features
 from paretoprune.criteria.cka import cka_to_dense
+from paretoprune.search.latency import measure_latency
 from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of, evaluate, evaluate_until, to_device
 from paretoprune.search.problem import Batch, Problem
@@ -26,6 +27,8 @@ from paretoprune.surgery import PruningGraph, PruningPlan, Reconstructor, prune
 from paretoprune.surgery.inputs import gather_inputs
 from paretoprune.surgery.progress import Parts
 
+TIMED_SECONDS = 1.0
+"""Time spent on the latency of a candidate and the dense network, at least ten passes each."""
 SIMILAR_IMAGES = 512
 """Examples on which a candidate is compared with the dense network."""
 FINAL_IMAGES = 4000
@@ -104,12 +107,22 @@ class Evaluator:
         graph: Its graph.
         similarity: Whether `cka` is measured, too: how alike the features that the last layer
             reads are to the dense network's, on `SIMILAR_IMAGES` calibration examples.
+        latency: Of the dense network, in milliseconds, from `search.dense`: then the candidates'
+            `latency` is measured, too. None measures none.
     """
 
-    def __init__(self, problem: Problem, graph: PruningGraph, *, similarity: bool = False) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        graph: PruningGraph,
+        *,
+        similarity: bool = False,
+        latency: float | None = None,
+    ) -> None:
         self._problem = problem
         self._graph = graph
         self._similarity = similarity
+        self._latency = latency
         self._features: tuple[Any, Tensor] | None = None
         self._dense: tuple[nn.Module, Reconstructor] | None = None
 
@@ -141,14 +154,16 @@ class Evaluator:
             seed: Seed of torch's generators; the caller's are left as they were.
             rival: Mean losses of the batches of the search split, of a plan that costs no more.
         """
-        small = channels_last(self.network(plan, seed), self._graph)
+        small = self.network(plan, seed)
+        latency = {} if self._latency is None else {"latency": self._timed(small, self._latency)}
+        small = channels_last(small, self._graph)
         measured = evaluate_until(
             small,
             self._problem.validation,
             self._problem.loss,
             lambda losses: dominated(losses, rival),
         )
-        metrics = measured.metrics
+        metrics = {**measured.metrics, **latency}
         if self._similarity:
             inputs, dense = self._features or self._dense_features()
             metrics["cka"] = cka_to_dense(small, plan, self._graph, inputs, dense)
@@ -159,6 +174,17 @@ class Evaluator:
         if not measured.whole:
             return Stopped({"loss": estimated(measured.losses, rival), **costs}, 0.0)
         return Completed({**metrics, **costs}, 0.0, measured.losses)
+
+    def _timed(self, small: nn.Module, dense_milliseconds: float) -> float:
+        """Returns the latency of a candidate in milliseconds.
+
+        That is its share of the dense network's, both measured in turns here and now, times the
+        dense network's that the search began with. So evaluations on a worker that shares its
+        cores can be compared with those on an idle one.
+        """
+        model, _ = self._dense or self._prepare()
+        dense, own = measure_latency((model, small), self._problem.example_inputs, TIMED_SECONDS)
+        return dense_milliseconds * own.milliseconds / dense.milliseconds
 
     def network(self, plan: PruningPlan, seed: int, progress: Parts | None = None) -> nn.Module:
         """Returns the pruned and reconstructed network of a plan.

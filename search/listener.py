@@ -19,7 +19,8 @@ class SearchInfo:
     Attributes:
         problem: Name of the problem.
         dense: Cost of the dense network.
-        metrics: The dense network's `loss` and, for a classifier, `accuracy` on the search split.
+        metrics: The dense network's `loss` and, for a classifier, `accuracy` on the search split;
+            its `latency` in milliseconds where that is an objective.
         target: Most MACs that a plan may have.
         trials: How many trials are to be finished.
         objectives: What the search optimises, in order.

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from paretoprune.criteria import UNBOUNDED, Bounds, Criterion
 from paretoprune.criteria.drafts import remove_dead_drafts
 from paretoprune.search import checks
+from paretoprune.search.dense import dense_latency
 from paretoprune.search.errors import SearchInterrupted
 from paretoprune.search.finetuning import Finetuning
 from paretoprune.search.front import ParetoFront
+from paretoprune.search.ledger import Ledger
 from paretoprune.search.listener import Listener, SearchInfo
 from paretoprune.search.prepare import Request
 from paretoprune.search.problem import Problem
@@ -30,6 +32,8 @@ if TYPE_CHECKING:  # `import paretoprune.search` must not import optuna
 
 JOURNAL = "journal.log"
 """File of the study in a run's folder."""
+DENSE = "dense"
+"""Folder of what was measured of the dense network on a worker, in a run's folder."""
 DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"optuna": ("obs", "obs_per_mac", "taylor"), "everything": ("kl",)}
 )
@@ -79,7 +83,8 @@ def search(
         criteria: Names in `CRITERIA`, or criteria by a name of your own; `everything` takes
             one. None takes `obs`, `obs_per_mac` and `taylor`, or `kl` for `everything`.
         objectives: Names of the metrics to optimise, two or more: `loss`, `accuracy`, `macs`,
-            `params`, `cka` (similarity of the last features to the dense network's).
+            `params`, `cka` (similarity of the last features to the dense network's), `latency`
+            (ms of a forward pass of the example inputs on a worker). The first one ranks.
         granularity: How fine the decisions are: `group`, where every group may be pruned more or
             less than the ranking says, `stage`, where groups of equally large features share that,
             or `uniform`, where the ranking alone allocates.
@@ -142,7 +147,14 @@ def search(
         stack.callback(study.close)
         for name in (EVALUATIONS, FOLDER):  # this is the only driver now
             remove_dead_drafts(folder / name)
-        run = Stages(problem, request, folder, study, sampler, seed, finetuning, progress)
+
+        def on_worker() -> float:
+            worker = _executor(workers, address, gpus_per_trial, None, 1)
+            return dense_latency(problem, worker, Ledger(folder.resolve() / DENSE), seed)
+
+        run = Stages(
+            problem, request, folder, study, sampler, seed, finetuning, progress, on_worker
+        )
         info, trials_of = run.steps() if strategy == "everything" else run.trials()
         following = _Following(info, listeners)
 

@@ -21,6 +21,7 @@ MEASURED: Mapping[str, tuple[Direction, str]] = MappingProxyType(
         "macs": (Direction.MINIMIZE, "MACs"),
         "params": (Direction.MINIMIZE, "scalars"),
         "cka": (Direction.MAXIMIZE, "similarity"),
+        "latency": (Direction.MINIMIZE, "ms"),
     }
 )
 """Direction and unit of every metric that can be an objective."""
@@ -31,13 +32,14 @@ def objectives_of(
 ) -> tuple[Objective, ...]:
     """Returns objectives with the reference points of one problem.
 
-    A cost counts from the dense network's, the loss from what a network reaches that knows
-    nothing, accuracy and the similarity to the dense network from 0.
+    Costs and the latency count from the dense network's, the loss from what a network reaches that
+    knows nothing, accuracy and the similarity to the dense network from 0.
 
     Args:
         names: Keys of `MEASURED`.
         dense: Cost of the dense network.
-        dense_metrics: Its `loss` and, for a classifier, `accuracy` on the search split.
+        dense_metrics: Its `loss` and, for a classifier, `accuracy` on the search split; its
+            `latency` where that was measured.
         chance: From `chance_loss`.
 
     Raises:
@@ -46,6 +48,8 @@ def objectives_of(
     references = {"macs": float(dense.macs), "params": float(dense.params), "cka": 0.0}
     if "accuracy" in dense_metrics:
         references["accuracy"] = 0.0
+    if "latency" in dense_metrics:
+        references["latency"] = dense_metrics["latency"]
     loss = dense_metrics["loss"]
     references["loss"] = (
         chance if math.isfinite(chance) and chance > loss else loss + abs(loss) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,12 @@ class Prepared:
 
 
 def prepare(
-    problem: Problem, request: Request, folder: Path, study: Study, progress: Progress = silent
+    problem: Problem,
+    request: Request,
+    folder: Path,
+    study: Study,
+    progress: Progress = silent,
+    dense_latency: Callable[[], float] | None = None,
 ) -> Prepared:
     """Traces and measures the dense network, or takes what an earlier driver measured.
 
@@ -99,6 +104,8 @@ def prepare(
         folder: Of the run.
         study: Notes what must stay the same over all drivers of the run.
         progress: Told what is measured, and how far it is.
+        dense_latency: Measures the dense network on a worker, in milliseconds; called if that is
+            an objective.
 
     Raises:
         InfeasibleBudget: If no plan meets the target.
@@ -124,7 +131,8 @@ def prepare(
         granularity=request.granularity,
         bounds=request.bounds,
     )
-    info = _info(problem, model, graph, space.to_json(), request, study, progress)
+    timed = dense_latency if "latency" in request.objectives else None
+    info = _info(problem, model, graph, space.to_json(), request, study, progress, timed)
     study.note("blocks", list(blocks))
     return Prepared(graph, scores.units, space, info)
 
@@ -172,12 +180,17 @@ def _info(
     request: Request,
     study: Study,
     progress: Progress,
+    dense_latency: Callable[[], float] | None = None,
 ) -> SearchInfo:
     """Returns what the study notes of the search, or notes what is measured now."""
     noted = study.notes.get("search")
     if noted is None:
         progress("loss and accuracy of the dense network", 0, 0)
-        info = _measure(problem, model, graph, space, request)
+        metrics = evaluate(model, problem.validation, problem.loss)
+        if dense_latency is not None:
+            progress("latency of the dense network", 0, 0)
+            metrics["latency"] = dense_latency()
+        info = _measured(problem, model, graph, space, request, metrics)
     else:
         _check_same(space, request, study)
         info = SearchInfo.from_json(noted, tuple(study.records()))
@@ -187,14 +200,14 @@ def _info(
     return info
 
 
-def _measure(
+def _measured(
     problem: Problem,
     model: nn.Module,
     graph: PruningGraph,
     space: Mapping[str, Any],
     request: Request,
+    metrics: Mapping[str, float],
 ) -> SearchInfo:
-    metrics = evaluate(model, problem.validation, problem.loss)
     chance = chance_loss(model, next(iter(problem.validation)), problem.loss)
     return SearchInfo(
         problem=problem.name,

@@ -32,7 +32,7 @@ class Completed:
 
     Attributes:
         metrics: Measured quantities by name: `loss` and `accuracy` on the search split, `macs`,
-            `params`.
+            `params`, and other objectives.
         seconds: Wall time of the evaluation; 0 where an earlier trial had the same plan, whose
             metrics it takes.
         losses: Mean loss of every batch of the search split, for candidates to be compared with;

@@ -55,7 +55,10 @@ TrialsOf = Callable[[Callable[[Record], None]], Stage]
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What all stages of a search have in common."""
+    """What all stages of a search have in common.
+
+    `dense_latency` measures the dense network on a worker, in milliseconds.
+    """
 
     problem: Problem
     request: Request
@@ -65,13 +68,21 @@ class Stages:
     seed: int
     finetunes: Finetuning | None
     progress: Progress
+    dense_latency: Callable[[], float]
 
     def _ledger(self, name: str) -> Ledger:
         return Ledger(self.folder.resolve() / name)
 
     def trials(self) -> tuple[SearchInfo, TrialsOf]:
         """Returns the trials that a sampler decides."""
-        prepared = prepare(self.problem, self.request, self.folder, self.study, self.progress)
+        prepared = prepare(
+            self.problem,
+            self.request,
+            self.folder,
+            self.study,
+            self.progress,
+            self.dense_latency,
+        )
         space, count = prepared.space, self.request.trials
         history = self.study.records()
         decide = space.fixed
@@ -89,7 +100,12 @@ class Stages:
             racing = set(self.request.objectives) == {"loss", "macs"}
             return Stage(
                 Searcher(self.study, decisions, count, self.seed, finished, racing=racing),
-                Evaluator(self.problem, prepared.graph, similarity=similarity).race,
+                Evaluator(
+                    self.problem,
+                    prepared.graph,
+                    similarity=similarity,
+                    latency=prepared.info.metrics.get("latency"),
+                ).race,
                 self._ledger(EVALUATIONS),
             )
 

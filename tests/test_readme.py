@@ -28,7 +28,7 @@ PAGES = {file.name: file.read_text() for file in sorted((ROOT / "docs").glob("*.
 TEXTS = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(), **PAGES}
 NUMBERS = {"N": "3"}
 """What stands for placeholders that must be numbers; others may be any text."""
-RUN_PAGES = ("index.md", "front.md", "own-model.md", "exporting.md", "extending.md")
+RUN_PAGES = ("index.md", "front.md", "own-model.md", "exporting.md", "extending.md", "cli.md")
 """Pages whose Python runs, in an order in which each finds what an earlier one made."""
 
 

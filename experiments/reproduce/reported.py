@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from paretoprune.experiments.energy import inference_energy, metered
-from paretoprune.experiments.latency import measure_latency
+from paretoprune.search.latency import measure_latency
 from paretoprune.experiments.reports import ENERGY_SECONDS
 from paretoprune.experiments.robustness import EPSILONS, robustness
 from paretoprune.experiments.splits import Batches

@@ -21,6 +21,7 @@ from paretoprune.search import (
     ParetoFront,
     Record,
     SearchInfo,
+    read_run,
     search,
 )
 from paretoprune.search.workers import RayWorkers
@@ -165,3 +166,14 @@ def test_a_real_search_and_the_error_of_a_listener(tmp_path: Path) -> None:
     assert [(r.number, r.plan) for r in resumed.records] == [
         (r.number, r.plan) for r in whole.records
     ]
+
+
+def test_latency_is_measured_on_workers(tmp_path: Path) -> None:
+    names = ("loss", "latency")
+    front = search(noise(), 0.5, 2, workers=2, run_dir=tmp_path, objectives=names)
+    info = read_run(tmp_path)
+    assert info.objectives[1].reference == info.metrics["latency"] > 0
+    assert (tmp_path / "dense").is_dir()  # where the worker wrote it
+    for record in front.records:
+        assert isinstance(record.outcome, Completed)
+        assert record.outcome.metrics["latency"] > 0

@@ -16,11 +16,11 @@ from paretoprune.experiments.card import verdict
 from paretoprune.experiments.counting import thop_macs
 from paretoprune.experiments.export import export
 from paretoprune.experiments.formats import FORMATS, ExportFailed
-from paretoprune.experiments.latency import Latency, measure_latency
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.reports import Report
 from paretoprune.search import Candidate, Completed, Failed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
+from paretoprune.search.latency import Latency, measure_latency
 from paretoprune.surgery import PruningPlan, load, prune, trace
 
 PLAN = PruningPlan({"layer1.0.conv1": (0, 2, 4), "layer2.0.conv1": tuple(range(8))}, ("layer3.1",))

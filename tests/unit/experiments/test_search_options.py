@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.comparison import Comparison
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.recipes import build_problem
-from paretoprune.search import read_run
+from paretoprune.experiments.store import store_of
+from paretoprune.experiments.tracking import connect
+from paretoprune.search import Completed, evaluation, read_run
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
 
 
@@ -78,6 +81,53 @@ def test_a_search_keeps_to_its_options_and_a_resumed_one_to_them(
     (tmp_path / "mine" / "run.json").write_text(json.dumps(changed))
     assert main(["resume", "mine", "--runs-dir", str(tmp_path), "--quiet"]) == 2
     assert "a search with other settings (bounds differ)" in capsys.readouterr().err
+
+
+def test_latency_is_measured_shown_and_tracked(
+    untrained: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluation, "TIMED_SECONDS", 0.02)
+    options = ("--objectives", "latency,loss", "--flops", "60%", "--trials", "4")
+    assert search(untrained, tmp_path, "quick", *options) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no other trial has a lower latency and a lower loss at once" in shown
+    assert " ms " in shown
+    info = read_run(tmp_path / "quick")
+    dense = info.metrics["latency"]
+    assert [(one.name, one.unit) for one in info.objectives] == [
+        ("latency", "ms"),
+        ("loss", "nats"),
+    ]
+    assert info.objectives[0].reference == dense > 0
+    measured = {}
+    for record in info.records:
+        assert isinstance(record.outcome, Completed)  # latency is not raced
+        measured[record.number] = record.outcome.metrics["latency"]
+    assert all(0 < value < 1e4 for value in measured.values())
+    fastest = min(measured, key=lambda number: measured[number])
+    assert info.front.best().number == fastest
+    for form in ("csv", "json"):
+        assert main(["front", "quick", "--runs-dir", str(tmp_path), "--format", form]) == 0
+        out = capsys.readouterr().out
+        rows = json.loads(out) if form == "json" else list(csv.DictReader(out.splitlines()))
+        assert {int(row["trial"]): float(row["latency"]) for row in rows} == {
+            record.number: measured[record.number] for record in info.front.records
+        }
+    client = connect(store_of(tmp_path))
+    where = json.loads((tmp_path / "quick" / "mlflow.json").read_text())
+    for run in client.search_runs([where["experiment"]], "tags.kind = 'trial'"):
+        expected = measured[int(run.data.tags["trial"])]
+        assert run.data.metrics["latency"] == pytest.approx(expected, abs=1e-4)
+    params = client.get_run(where["run"]).data.params
+    assert float(params["dense_latency"]) == pytest.approx(dense, abs=1e-4)
+    assert (params["objectives"], params["granularity"], params["bounds"]) == (
+        "latency, loss",
+        "group",
+        "none",
+    )
 
 
 def test_steps_keep_to_multiples_and_exclusions(untrained: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from paretoprune.criteria import CRITERIA, select
 from paretoprune.criteria.ablation import penultimate_features
-from paretoprune.search import Completed, Failed, Problem, evaluate, search
+from paretoprune.search import Completed, Failed, Problem, evaluate, evaluation, search
 from paretoprune.search.evaluation import Evaluator, Moved, attempt
 from paretoprune.surgery import PruningPlan, prune, reconstruct, trace
 
@@ -148,6 +148,21 @@ def test_cka_can_be_an_objective(problem: Problem) -> None:
     layers[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     small(inputs)
     assert torch.equal(penultimate_features(small, graph, inputs, removed), seen[0])
+
+
+def test_a_latency_is_a_share_of_the_dense_network_s(
+    problem: Problem, plan: PruningPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "TIMED_SECONDS", 0.02)
+    graph = trace(problem.model, problem.example_inputs)
+    assert "latency" not in Evaluator(problem, graph)(plan, 0)
+    short, long = (
+        Evaluator(problem, graph, latency=dense)(plan, 0)["latency"] for dense in (1e-3, 1e6)
+    )
+    assert 0 < 1e3 * short < long < 1e9  # whatever else the machine does meanwhile
+    plain = Evaluator(problem, graph)(plan, 0)
+    timed = Evaluator(problem, graph, latency=1.0)(plan, 0)
+    assert {name: value for name, value in timed.items() if name != "latency"} == plain
 
 
 def test_what_is_handed_out_is_the_better_of_two_reconstructions(

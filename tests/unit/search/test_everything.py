@@ -228,6 +228,8 @@ def test_a_network_that_has_nothing_left_is_told(
 def test_it_takes_one_criterion(problem: Problem) -> None:
     with pytest.raises(ValueError, match="takes one criterion, but got l1, l2"):
         search(problem, 0.5, 4, strategy="everything", criteria=("l1", "l2"), workers=0)
+    with pytest.raises(ValueError, match=r"latency is no objective of it"):
+        search(problem, 0.5, 4, strategy="everything", objectives=("latency", "loss"), workers=0)
     with pytest.raises(ValueError, match=r"cka is no objective of it, but got \['loss', 'cka'\]"):
         search(problem, 0.5, 4, strategy="everything", objectives=("loss", "cka"), workers=0)
     with pytest.raises(ValueError, match="unknown strategy 'all'; available: optuna, everything"):

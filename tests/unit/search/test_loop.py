@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,9 +23,13 @@ from paretoprune.search import (
     RunLocked,
     SearchInfo,
     SearchInterrupted,
+    evaluation,
     read_run,
     search,
 )
+from paretoprune.search.dense import dense_latency
+from paretoprune.search.ledger import Ledger
+from paretoprune.search.searcher import run_inline
 from paretoprune.search.study import Study
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune, trace
 
@@ -270,6 +275,31 @@ def test_other_objectives_and_a_database(problem: Problem, tmp_path: Path) -> No
     assert tuple(o.name for o in front.objectives) == names
     assert read_run(tmp_path, url).front == front
     assert not (tmp_path / "journal.log").exists()
+
+
+def test_the_dense_latency_is_measured_once_and_counts_from(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "TIMED_SECONDS", 0.02)
+    names = ("loss", "macs", "latency")
+    notes = Notes()
+    run(problem, tmp_path, notes, 3, objectives=names)
+    (info,) = notes.infos
+    dense = info.metrics["latency"]
+    assert {one.name: one.reference for one in info.objectives}["latency"] == dense
+    resumed = Notes()
+    front = run(problem, tmp_path, resumed, 5, objectives=names)
+    assert resumed.infos[0].metrics["latency"] == dense
+    assert front.objectives == info.objectives
+    for record in [*notes.records, *resumed.records]:
+        assert isinstance(record.outcome, Completed)
+        assert 0 < record.outcome.metrics["latency"] < math.inf
+
+
+def test_a_latency_that_cannot_be_measured_is_said(problem: Problem, tmp_path: Path) -> None:
+    wrong = replace(problem, example_inputs=torch.randn(2, 5, 8, 8))
+    with pytest.raises(ValueError, match=r"latency of the dense network cannot be .*5 channels"):
+        dense_latency(wrong, run_inline, Ledger(tmp_path), 0)
 
 
 def test_a_regression_has_no_accuracy(problem: Problem, tmp_path: Path) -> None:
