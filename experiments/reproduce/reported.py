@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 
 from paretoprune.experiments.energy import inference_energy, metered
-from paretoprune.search.latency import measure_latency
 from paretoprune.experiments.reports import ENERGY_SECONDS
 from paretoprune.experiments.robustness import EPSILONS, robustness
 from paretoprune.experiments.splits import Batches
 from paretoprune.search.evaluation import on_device
+from paretoprune.search.latency import measure_latency
 
 ROBUST = (*(f"fgsm_{epsilon}" for epsilon in EPSILONS), "corrupted")
 ENERGY = ("latency_ms", "joules_per_1000")
