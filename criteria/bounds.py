@@ -80,7 +80,7 @@ class Bounds:
         """Returns the numbers of units that a group may keep, float64, ascending, at least one."""
         size = group.size
         every = torch.arange(1.0, size + 1, dtype=torch.float64)
-        if group.name in _whole(graph, self.exclude):
+        if self.exclude and group.name in _whole(graph, self.exclude):
             return every[-1:]
         least = max(min(self.minimum, size), math.ceil(size * (1 - self.max_ratio) - _EXACT))
         even = every.remainder(_step(group, self.multiple)) == 0
@@ -136,8 +136,6 @@ def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
 @functools.lru_cache(maxsize=8)  # asked for again with every plan of a search
 def _whole(graph: PruningGraph, patterns: tuple[str, ...]) -> frozenset[str]:
     """Returns the names of the groups that stay whole."""
-    if not patterns:
-        return frozenset()
     makers = {name for name in _makers(graph) if _excluded(name, patterns)}
     found = {name for name in graph.groups if _excluded(name, patterns)}
     return frozenset(found.union(*(_makers(graph)[name] for name in makers)))

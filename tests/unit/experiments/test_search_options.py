@@ -14,9 +14,11 @@ from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.comparison import Comparison
 from paretoprune.experiments.models import digits_resnet
+from paretoprune.experiments.page import front_page
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.store import store_of
 from paretoprune.experiments.tracking import connect
+from paretoprune.experiments.view import SearchView
 from paretoprune.search import Completed, evaluation, read_run
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
 
@@ -72,6 +74,9 @@ def test_a_search_keeps_to_its_options_and_a_resumed_one_to_them(
     assert [one.name for one in info.objectives] == ["accuracy", "params"]
     spec = json.loads((tmp_path / "mine" / "run.json").read_text())
     assert spec["bounds"]["exclude"] == ["conv1", "layer3.1"]
+    where = json.loads((tmp_path / "mine" / "mlflow.json").read_text())
+    params = connect(store_of(tmp_path)).get_run(where["run"]).data.params
+    assert params["bounds"] == "multiple 2, max_ratio 0.75, exclude conv1 layer3.1"
     capsys.readouterr()
     (tmp_path / "mine" / "run.json").write_text(json.dumps({**spec, "trials": 7}))
     assert main(["resume", "mine", "--runs-dir", str(tmp_path), "--quiet"]) == 0
@@ -116,6 +121,9 @@ def test_latency_is_measured_shown_and_tracked(
         assert {int(row["trial"]): float(row["latency"]) for row in rows} == {
             record.number: measured[record.number] for record in info.front.records
         }
+    html = front_page(SearchView.of(info))
+    assert "<th>latency</th>" in html
+    assert "a lower latency and a lower loss at once" in html
     client = connect(store_of(tmp_path))
     where = json.loads((tmp_path / "quick" / "mlflow.json").read_text())
     for run in client.search_runs([where["experiment"]], "tags.kind = 'trial'"):
