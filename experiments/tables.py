@@ -226,7 +226,7 @@ def handed_out_accuracy(row: Row) -> tuple[float | None, str]:
         return row.accuracy, ""
     if row.finetuning_taken:
         return row.finetuned_accuracy, " after fine-tuning"
-    return _before(row)[1], " before fine-tuning, which made it worse"
+    return _before(row)[1], " before fine-tuning (worse after it)"
 
 
 def _before(row: Row) -> tuple[float | None, float | None]:
@@ -237,13 +237,17 @@ def _before(row: Row) -> tuple[float | None, float | None]:
 
 
 def _finetuned(row: Row) -> str:
-    """Returns accuracy, or loss, after fine-tuning and below it the one before."""
+    """Returns accuracy after fine-tuning and below it the one before.
+
+    Loss where there is no accuracy, or where it was not taken for its loss alone.
+    """
     if row.finetuning_taken is None:
         return "–"
-    at = 0 if row.finetuned_accuracy is None else 1
-    after = _quality(row.finetuned_loss, row.finetuned_accuracy)[at]
+    before, after = _before(row), (row.finetuned_loss, row.finetuned_accuracy)
     worse = "" if row.finetuning_taken else ", not taken"
-    return f"{after}{worse}\nfrom {_quality(*_before(row))[at]}"
+    if before[1] is None or after[1] is None or (worse and after[1] >= before[1]):
+        return f"loss {_quality(*after)[0]}{worse}\nfrom {_quality(*before)[0]}"
+    return f"{_quality(*after)[1]}{worse}\nfrom {_quality(*before)[1]}"
 
 
 def pruning_ratios(

@@ -99,7 +99,7 @@ def test_a_fine_tuning_that_made_it_worse_is_told(view: SearchView) -> None:
     play(SearchProgress(target), replace(view, records=told))
     line = out.getvalue().splitlines()[-1]
     assert "trial 1 is fine-tuned, but worse than before: not taken" in line
-    assert "best trial 1: accuracy 96.00 % before fine-tuning, which made it worse" in line
+    assert "best trial 1: accuracy 96.00 % before fine-tuning (worse after it) at" in line
 
 
 def test_a_failure_that_repeats_is_said_once(view: SearchView) -> None:

@@ -69,6 +69,13 @@ def test_fine_tuning_is_shown_beside_what_it_began_with(view: SearchView) -> Non
     assert "…" not in text
     for words in ("96.13 %, not taken", "from 96.73 %", "97.50 %", "from 94.00 %"):
         assert words in text
+    same = {"accuracy": 0.95, "accuracy_before": 0.95, "loss": 0.2, "loss_before": 0.1}
+    end = Completed({**same, "epochs": 5.0, "taken": 0.0}, 9.0)
+    by_loss = view.told(replace(view.records[1], finetuned=end)).front_rows
+    Console(file=out, width=100).print(front_table(by_loss, view.dense, view.dense_metrics))
+    assert "loss 0.2000, not taken" in out.getvalue()  # not "95 % from 95 %"
+    assert "from 0.1000" in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 100
     worse, better, other = json.loads(front_json(shown.front_rows))
     assert (worse["finetuned_accuracy"], worse["finetuned_accuracy_before"]) == (0.9613, 0.9673)
     assert [one["finetuning_taken"] for one in (worse, better, other)] == [False, True, None]
