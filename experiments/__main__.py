@@ -189,9 +189,10 @@ def search(
     report: Annotated[
         str,
         typer.Option(
-            metavar="energy",
-            help="Measure the energy that this machine takes for the search and its fine-tuning; "
-            "needs the package's extra of that name.",
+            metavar="A,B",
+            help="At last measure more of the best network and the dense one: robustness (reads "
+            "the test images) and energy (also what this machine takes for the search and its "
+            "fine-tuning; needs the package's extra of that name).",
             show_default="nothing more",
         ),
     ] = "",

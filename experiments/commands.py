@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import typer
@@ -15,8 +16,10 @@ from rich.table import Table
 
 from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments import runs
+from paretoprune.experiments.best_report import FILE as REPORTS_FILE
+from paretoprune.experiments.best_report import report_best
 from paretoprune.experiments.counting import thop_macs
-from paretoprune.experiments.energy import check_energy, energy_of_run, metered
+from paretoprune.experiments.energy import energy_of_run, metered
 from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.progress import (
     SearchProgress,
@@ -27,10 +30,12 @@ from paretoprune.experiments.progress import (
 )
 from paretoprune.experiments.recipes import RECIPES, build_problem
 from paretoprune.experiments.references import load_weights
+from paretoprune.experiments.reports import check_reports, parse_reports
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.summary import advantages
 from paretoprune.experiments.tables import front_csv, front_json, front_table
 from paretoprune.experiments.tracker import MlflowListener
+from paretoprune.experiments.tracking import log_reports
 from paretoprune.experiments.units import parse_flops, parse_fraction
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import (
@@ -42,6 +47,7 @@ from paretoprune.search import (
     read_run,
 )
 from paretoprune.search import search as run_search
+from paretoprune.search.evaluation import one_line
 from paretoprune.search.loop import DEFAULTS
 from paretoprune.search.stages import EVALUATIONS
 from paretoprune.search.ties import GRANULARITIES, Granularity
@@ -110,11 +116,6 @@ class SearchOptions:
         checks.check_count("--finetune", self.finetune, 0)
         checks.check_count("--top", TOP if self.top is None else self.top, 1)
         checks.check_count("--recovery", self.recovery, 0)
-        reports = _names(self.report)
-        for name in reports:
-            checks.check_name("report of a search", name, ("energy",))
-        if reports:
-            check_energy()
         if self.top is not None and not self.finetune:
             raise ValueError(
                 f"--top {self.top} says how many are fine-tuned, but none are: give --finetune "
@@ -138,7 +139,7 @@ class SearchOptions:
             top=TOP if self.top is None else self.top,
             distil=self.distil,
             recovery=self.recovery,
-            energy=bool(reports),
+            reports=parse_reports(self.report),
             seed=self.seed,
             workers=self.workers,
             address=self.address,
@@ -188,6 +189,7 @@ def search(
     if run is not None:
         runs.check_name(runs_dir, run)
     problem = problem_of(spec, quiet)
+    check_reports(spec.reports, problem)
     with long_step(progress_console(), f"Tracing {spec.model}", quiet=quiet):
         graph = trace(problem.model, problem.example_inputs)
         checks.check_reachable(graph, spec.flops, spec.bounds)
@@ -287,13 +289,32 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
         )
         raise typer.Exit(130) from None
     view = view_of(folder, spec)
-    _print_result(view, folder, as_json)
+    reported = _reported(problem, view, spec, folder, quiet)
+    _print_result(view, folder, as_json, reported)
     if not view.front_rows:
         raise typer.Exit(1)
     if as_json:
         return
     typer.echo(f"look at it:      paretoprune ui {_named(folder)}")
     typer.echo(f"export the best: paretoprune export {_named(folder)} --to DIR")
+
+
+def _reported(
+    problem: Problem, view: SearchView, spec: RunSpec, folder: Path, quiet: bool
+) -> Mapping[str, float]:
+    """Measures the reports of the best network, if any, prints them, and writes them to MLflow."""
+    if not spec.reports or view.best is None:
+        return {}
+    title = f"Measuring {', '.join(spec.reports)} of trial {view.best.number}"
+    with long_step(progress_console(), title, quiet=quiet) as progress:
+        metrics = report_best(
+            problem, view.best, spec.reports, folder, seed=spec.seed, progress=progress
+        )
+    try:
+        log_reports(json.loads((folder / runs.TRACKING_FILE).read_text()), metrics)
+    except Exception as error:  # the run's folder has them
+        typer.echo(f"the reports are not in MLflow: {one_line(error)}", err=True)
+    return metrics
 
 
 def finetuning_of(spec: RunSpec, problem: Problem) -> Finetuning | None:
@@ -307,7 +328,7 @@ def finetuning_of(spec: RunSpec, problem: Problem) -> Finetuning | None:
 @contextmanager
 def _metered(spec: RunSpec, folder: Path) -> Iterator[None]:
     """Adds the energy that this machine takes meanwhile to that of earlier drivers of the run."""
-    if not spec.energy:
+    if "energy" not in spec.reports:
         yield
         return
     with ExitStack() as stack:
@@ -337,12 +358,20 @@ def view_of(folder: Path, spec: RunSpec) -> SearchView:
     return SearchView.of(read_run(folder, spec.storage))
 
 
-def _print_result(view: SearchView, folder: Path, as_json: bool) -> None:
+def _print_result(
+    view: SearchView,
+    folder: Path,
+    as_json: bool,
+    reported: Mapping[str, float] = MappingProxyType({}),
+) -> None:
     if as_json:
         facts = {"run": folder.name, "folder": str(folder), **view.to_json()}
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        _print_front(view, folder)
+        typer.echo(json.dumps({**facts, "reports": dict(reported)}, indent=2))
+        return
+    _print_front(view, folder)
+    if reported:
+        for line in json.loads((folder / REPORTS_FILE).read_text())["lines"]:
+            typer.echo(line)
 
 
 def _print_front(view: SearchView, folder: Path) -> None:

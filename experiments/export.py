@@ -114,17 +114,9 @@ def export(
     check_reports(reports, problem)
     progress("tracing the dense network", 0, 0)
     graph = trace(problem.model, problem.example_inputs)
-    rebuilding = partial(progress, "rebuilding the network layer by layer")
-    evaluator = Evaluator(problem, graph)
-    kind = trained_weights(record)
-    rebuilt = _network(problem, evaluator, graph, record, weights, seed, rebuilding)
-    expected = record.finetuned_metrics if kind == FINETUNED else record.outcome.metrics
-    _check_metrics(record, expected, evaluate(rebuilt, problem.validation, problem.loss))
-    if problem.refit is not None and kind is None:
-        progress("reconstructing it on more examples", 0, 0)
-    small = evaluator.refitted(rebuilt, record.plan) if kind is None else rebuilt
+    small = handed_out(problem, graph, record, weights=weights, seed=seed, progress=progress)
     search_metrics = evaluate(small, problem.validation, problem.loss)
-    dense, small = copy.deepcopy(problem.model).cpu().eval(), small.cpu().eval()
+    dense = copy.deepcopy(problem.model).cpu().eval()
     inputs, _ = next(iter(problem.validation))
     with _new_folder(directory) as folder:
         written = tuple(_written(formats, folder, dense, small, inputs, problem, progress))
@@ -159,6 +151,43 @@ def export(
             model_card(facts, *measured, written, [*reported.values()])
         )
     return Exported(directory, small, *measured, written, tuple(reported.values()))
+
+
+def handed_out(
+    problem: Problem,
+    graph: PruningGraph,
+    record: Record,
+    *,
+    weights: Weights | None,
+    seed: int,
+    progress: Progress,
+) -> nn.Module:
+    """Returns the network of a record as an export has it, in eval mode on the CPU.
+
+    Args:
+        problem: The problem of the search.
+        graph: The dense network's graph.
+        record: A completed record.
+        weights: Of the run, where networks were trained in it.
+        seed: Seed of the search.
+        progress: Told the stages, and how far each is.
+
+    Raises:
+        ValueError: If weights that were trained are missing.
+        ExportFailed: If the rebuilt network is not the record's.
+    """
+    assert record.plan is not None
+    assert isinstance(record.outcome, Completed)
+    rebuilding = partial(progress, "rebuilding the network layer by layer")
+    evaluator = Evaluator(problem, graph)
+    kind = trained_weights(record)
+    rebuilt = _network(problem, evaluator, graph, record, weights, seed, rebuilding)
+    expected = record.finetuned_metrics if kind == FINETUNED else record.outcome.metrics
+    _check_metrics(record, expected, evaluate(rebuilt, problem.validation, problem.loss))
+    if problem.refit is not None and kind is None:
+        progress("reconstructing it on more examples", 0, 0)
+    small = evaluator.refitted(rebuilt, record.plan) if kind is None else rebuilt
+    return small.cpu().eval()
 
 
 def _written(

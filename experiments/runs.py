@@ -58,7 +58,7 @@ class RunSpec:
         top: How many of the front are fine-tuned.
         distil: Whether they learn from the dense network's outputs, too.
         recovery: Epochs that candidates of the strategy `everything` are trained for.
-        energy: Whether the energy of the search is measured.
+        reports: What is measured beyond the objectives: names of `reports.REPORTS`.
         seed: Seed of data splits and sampler.
         workers: Parallel evaluations; None lets the executor decide.
         address: Ray cluster; None runs locally.
@@ -84,7 +84,7 @@ class RunSpec:
     top: int = 3
     distil: bool = False
     recovery: int = 0
-    energy: bool = False
+    reports: tuple[str, ...] = ()
     seed: int = 0
     workers: int | None = None
     address: str | None = None
@@ -96,7 +96,7 @@ class RunSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the run as plain values, for JSON."""
-        lists = {"criteria": list(self.criteria), "objectives": list(self.objectives)}
+        lists = {name: list(getattr(self, name)) for name in ("criteria", "objectives", "reports")}
         return {"version": SCHEMA, **asdict(self), **lists, "bounds": self.bounds.to_json()}
 
     @staticmethod
@@ -116,6 +116,7 @@ class RunSpec:
         values = {name: value for name, value in data.items() if name in known}
         try:
             values["criteria"] = tuple(values["criteria"])
+            values["reports"] = tuple(values.get("reports", ()))
             if "bounds" in values:  # older: neither these nor objectives
                 values["bounds"] = Bounds.from_json(values["bounds"])
                 values["objectives"] = tuple(values["objectives"])

@@ -290,6 +290,20 @@ def _said(bounds: Bounds) -> str:
     return ", ".join(f"{name} {value}" for name, value in given.items()) or "none"
 
 
+def log_reports(where: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+    """Writes what reports measured of the best network onto the run of its search.
+
+    Args:
+        where: What the run's folder says of its place in MLflow.
+        metrics: By name.
+    """
+    from mlflow.entities import Metric
+
+    now = _now()
+    named = [Metric(f"report/{name}", value, now, 0) for name, value in metrics.items()]
+    connect(Store(where["uri"])).log_batch(where["run"], metrics=named)
+
+
 def _now() -> int:
     return round(1000 * time.time())
 

@@ -163,3 +163,25 @@ def test_compared_plans_keep_to_the_bounds(untrained: str, tmp_path: Path) -> No
         str(tmp_path),
     ]
     assert main(["compare", "digits", "--weights", untrained, "--quiet", *options]) == 0
+
+
+def test_a_search_reports_on_its_best_network(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--flops", "60%", "--trials", "2", "--report", "robustness,energy"]
+    assert search(untrained, tmp_path, "told", *options) == 0
+    shown = capsys.readouterr().out
+    assert "robust   FGSM 8/255" in shown
+    assert "energy   " in shown
+    file = tmp_path / "told" / "reports.json"
+    metrics = json.loads(file.read_text())["metrics"]
+    assert metrics["dense_fgsm_2"] >= metrics["dense_fgsm_8"]
+    assert 0 <= metrics["corrupted"] <= 1
+    where = json.loads((tmp_path / "told" / "mlflow.json").read_text())
+    logged = connect(store_of(tmp_path)).get_run(where["run"]).data.metrics
+    assert logged["report/fgsm_8"] == pytest.approx(metrics["fgsm_8"])
+    assert logged["report/energy_joules_per_1000"] > 0
+    before = file.stat().st_mtime_ns
+    assert main(["resume", "told", "--runs-dir", str(tmp_path), "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reports"] == metrics
+    assert file.stat().st_mtime_ns == before  # the same network is not measured again
