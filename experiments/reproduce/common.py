@@ -13,7 +13,7 @@ import copy
 import csv
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +83,13 @@ def names(text: str) -> list[str]:
 def numbers(text: str) -> list[float]:
     """Returns the numbers of a list with commas."""
     return [float(part) for part in names(text)]
+
+
+def benches(options: argparse.Namespace, *, trained: bool = True) -> Iterator[Bench]:
+    """Yields a bench for every network and seed that the options name, see `Bench.of`."""
+    for network in names(options.networks):
+        for seed in numbers(options.seeds):
+            yield Bench.of(options, network, int(seed), trained=trained)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,15 @@ from torch import nn
 from paretoprune.criteria import CRITERIA, SharedCalibration, block_saliency, select
 from paretoprune.criteria.blocks import inner_units
 from paretoprune.experiments.finetuning import FineTuner
-from paretoprune.experiments.reproduce.common import RESULTS, Bench, Results, Row, names, numbers
+from paretoprune.experiments.reproduce.common import (
+    RESULTS,
+    Bench,
+    Results,
+    Row,
+    benches,
+    names,
+    numbers,
+)
 from paretoprune.experiments.reproduce.common import parser as base_parser
 from paretoprune.experiments.reproduce.reported import COLUMNS
 from paretoprune.experiments.training import Training
@@ -57,12 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = made.parse_args(arguments)
     keys = ("network", "method", "reduction", "seed", "recovery", "trials", "criterion")
     results = Results(options.out or RESULTS / "everything.csv", keys, options.report)
-    for network in names(options.networks):
-        for seed in (int(one) for one in numbers(options.seeds)):
-            bench = Bench.of(options, network, seed)
-            for reduction in numbers(options.reductions):
-                for row, method in _rows(bench, reduction, results):
-                    results.measure(row, method)
+    for bench in benches(options):
+        for reduction in numbers(options.reductions):
+            for row, method in _rows(bench, reduction, results):
+                results.measure(row, method)
 
 
 def _rows(

@@ -16,7 +16,15 @@ from functools import partial
 import torch
 
 from paretoprune.criteria import CRITERIA, SharedCalibration, select
-from paretoprune.experiments.reproduce.common import RESULTS, Bench, Results, Row, names, numbers
+from paretoprune.experiments.reproduce.common import (
+    RESULTS,
+    Bench,
+    Results,
+    Row,
+    benches,
+    names,
+    numbers,
+)
 from paretoprune.experiments.reproduce.common import parser as base_parser
 from paretoprune.surgery import PruningPlan, prune
 
@@ -34,13 +42,11 @@ def main(arguments: list[str] | None = None) -> None:
         ("network", "method", "reduction", "seed"),
         options.report,
     )
-    for network in names(options.networks):
-        for seed in (int(one) for one in numbers(options.seeds)):
-            bench = Bench.of(options, network, seed)
-            for method in names(options.methods):
-                for reduction in numbers(options.reductions):
-                    row = {**bench.keys, "method": method, "reduction": reduction}
-                    results.measure(row, partial(_measure, bench, method, reduction))
+    for bench in benches(options):
+        for method in names(options.methods):
+            for reduction in numbers(options.reductions):
+                row = {**bench.keys, "method": method, "reduction": reduction}
+                results.measure(row, partial(_measure, bench, method, reduction))
 
 
 def _measure(bench: Bench, method: str, reduction: float) -> Row:

@@ -27,6 +27,7 @@ from paretoprune.experiments.reproduce.common import (
     Bench,
     Results,
     Row,
+    benches,
     names,
     numbers,
     without_lowest,
@@ -56,13 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
         ("network", "method", "reduction", "seed"),
         options.report,
     )
-    for network in names(options.networks):
-        for seed in (int(one) for one in numbers(options.seeds)):
-            bench = Bench.of(options, network, seed, trained=False)
-            for method in names(options.methods):
-                for reduction in numbers(options.reductions):
-                    row = {**bench.keys, "method": method, "reduction": reduction}
-                    results.measure(row, partial(_measure, bench, method, reduction))
+    for bench in benches(options, trained=False):
+        for method in names(options.methods):
+            for reduction in numbers(options.reductions):
+                row = {**bench.keys, "method": method, "reduction": reduction}
+                results.measure(row, partial(_measure, bench, method, reduction))
 
 
 def _measure(bench: Bench, method: str, reduction: float) -> Row:

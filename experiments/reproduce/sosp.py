@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from paretoprune.experiments.reproduce.common import (
     Bench,
     Results,
     Row,
+    benches,
     names,
     numbers,
     without_lowest,
@@ -58,31 +60,29 @@ def main(arguments: list[str] | None = None) -> None:
     ratios = Results(file, keys, options.report)
     widened = Results(file.with_name(f"{file.stem}-bottlenecks.csv"), keys, options.report)
     timed = Results(file.with_name(f"{file.stem}-time.csv"), ("network", "method", "seed"))
-    for seed in (int(one) for one in numbers(options.seeds)):
-        for network in names(options.networks) if {"ratios", "bottlenecks"} & {*parts} else ():
-            bench = Bench.of(options, network, seed)
-            for reduction in numbers(options.reductions):
-                row: Row = {**bench.keys, "reduction": reduction}
-                for method in names(options.methods) if "ratios" in parts else ():
-                    measured = partial(_ratio, bench, method, reduction)
-                    ratios.measure({**row, "method": method}, measured)
-                for method in WIDENINGS if "bottlenecks" in parts else ():
-                    measured = partial(_widened, bench, method, reduction)
-                    widened.measure({**row, "method": method}, measured)
-        for blocks, width in SIZES if "time" in parts else ():
-            for method in names(options.methods):
-                row = {
-                    "network": f"resnet{6 * blocks + 2} x{width}",
-                    "method": method,
-                    "seed": seed,
-                    "epochs": 0,
-                    "images": 256,
-                    "test_images": 0,
-                    "batch_size": 64,
-                    "learning_rate": 0,
-                    "full": True,
-                }
-                timed.measure(row, partial(_time, blocks, width, method))
+    for bench in benches(options) if {"ratios", "bottlenecks"} & {*parts} else ():
+        for reduction in numbers(options.reductions):
+            row: Row = {**bench.keys, "reduction": reduction}
+            for method in names(options.methods) if "ratios" in parts else ():
+                measured = partial(_ratio, bench, method, reduction)
+                ratios.measure({**row, "method": method}, measured)
+            for method in WIDENINGS if "bottlenecks" in parts else ():
+                measured = partial(_widened, bench, method, reduction)
+                widened.measure({**row, "method": method}, measured)
+    for seed, (blocks, width) in product(numbers(options.seeds), SIZES if "time" in parts else ()):
+        for method in names(options.methods):
+            row = {
+                "network": f"resnet{6 * blocks + 2} x{width}",
+                "method": method,
+                "seed": int(seed),
+                "epochs": 0,
+                "images": 256,
+                "test_images": 0,
+                "batch_size": 64,
+                "learning_rate": 0,
+                "full": True,
+            }
+            timed.measure(row, partial(_time, blocks, width, method))
 
 
 def _saliency(problem: Problem, graph: PruningGraph, method: str) -> dict[str, torch.Tensor]:
