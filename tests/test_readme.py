@@ -206,3 +206,21 @@ def test_the_figures_of_the_criteria_are_those_of_the_results() -> None:
     page = PAGES["criteria.md"].splitlines()
     start = page.index("| criterion | 70 % of the FLOPs | 50 % | 30 % | 15 % |") + 2
     assert sorted(page[start : page.index("", start)]) == sorted(lines)
+
+
+def test_the_results_of_the_readme_are_those_of_the_results_file() -> None:
+    with (ROOT / "experiments/results/search-figures.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    text = (ROOT / "README.md").read_text()
+    for target, shown in (("0.5", "50 %"), ("0.3", "30 %"), ("0.15", "15 %")):
+        cells = []
+        for method in ("search", "one-shot", "recalibrated", "fastnas"):
+            found = sorted(
+                (int(row["seed"]), f"{100 * float(row['test_accuracy']):.2f}")
+                for row in rows
+                if (row["flops"], row["method"]) == (target, method)
+            )
+            assert [seed for seed, _ in found] == list(range(len(found)))
+            bold = "**" if method == "search" else ""
+            cells.append(", ".join(f"{bold}{accuracy}{bold}" for _, accuracy in found))
+        assert f"| {shown} | {' | '.join(cells)} |" in text
