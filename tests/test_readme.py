@@ -224,3 +224,19 @@ def test_the_results_of_the_readme_are_those_of_the_results_file() -> None:
             bold = "**" if method == "search" else ""
             cells.append(", ".join(f"{bold}{accuracy}{bold}" for _, accuracy in found))
         assert f"| {shown} | {' | '.join(cells)} |" in text
+
+
+def test_the_worth_of_the_parts_is_that_of_the_results() -> None:
+    with (ROOT / "experiments/results/search-parts.csv").open() as stream:
+        found = {
+            row["variant"]: f"{float(row['hypervolume']):.3f}"
+            for row in csv.DictReader(stream)
+            if (row["trials"], row["seed"]) == ("40", "0")
+        }
+    for line in (ROOT / "docs/design.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for name, value in zip(cells[::2], cells[1::2], strict=False):
+            variant = name.split(",")[0].removesuffix(" plans alone")
+            if variant in found and value.startswith("0."):
+                assert found.pop(variant) == value
+    assert not found

@@ -364,25 +364,31 @@ def run(
 
 
 def draw(rows: list[dict[str, str]], file: Path) -> None:
-    """Draws the hypervolume over wall time, as the mean over seeds."""
+    """Draws the hypervolume over trials and over wall time, as the mean over the common seeds."""
     grown: dict[str, dict[int, list[dict[str, str]]]] = {}
+    seeds: dict[str, set[str]] = {}
     for row in rows:
-        grown.setdefault(row["variant"], {}).setdefault(int(row["trials"]), []).append(row)
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for variant, by_count in grown.items():
-        most = max(len(own) for own in by_count.values())
-        points = sorted(
-            tuple(mean(float(row[name]) for row in own) for name in ("seconds", "hypervolume"))
-            for own in by_count.values()
-            if len(own) == most
-        )
-        style = "-" if variant == "search" else "--"
-        axes.plot(*zip(*points, strict=True), style, marker=".", label=variant)
-    axes.set_xlabel("seconds of evaluation (mean over seeds)")
-    axes.set_ylabel("hypervolume of loss and MACs, shares of their references")
-    axes.legend(fontsize="small", ncols=2)
-    figure.savefig(file, dpi=120)
+        seeds.setdefault(row["variant"], set()).add(row["seed"])
+    common = set.intersection(*seeds.values())
+    for row in rows:
+        if row["seed"] in common:
+            grown.setdefault(row["variant"], {}).setdefault(int(row["trials"]), []).append(row)
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, across, label in zip(
+        panels, ("trials", "seconds"), ("trials", "seconds of evaluation"), strict=True
+    ):
+        for number, (variant, by_count) in enumerate(grown.items()):
+            points = sorted(
+                tuple(mean(float(row[name]) for row in own) for name in (across, "hypervolume"))
+                for own in by_count.values()
+            )
+            style = "-" if variant == "search" else ("--", ":")[number // 10]
+            axes.plot(*zip(*points, strict=True), style, marker=".", label=variant)
+        axes.set_xlabel(f"{label}; mean over seeds {', '.join(sorted(common))}")
+    panels[0].set_ylabel("hypervolume of loss and MACs, shares of their references")
+    panels[0].legend(fontsize="small", ncols=2)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":
