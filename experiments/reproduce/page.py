@@ -115,9 +115,11 @@ def _reported(rows: list[dict[str, str]], what: str) -> str:
     for row in rows:
         removed = float(row.get("macs_reduction") or row["reduction"])
         cells = [row["network"], f"{removed:.2f} %", f"**{row['method']}**"]
-        cells += [f"{row[f'dense_{name}']} → {row[name]}" for name in columns]
-        cells += [f"{1e3 * float(row['work_kwh']):.3g}" if row["work_kwh"] else ""]
-        lines.append(f"| {' | '.join([*cells, row['work_co2_grams']])} |")
+        cells += [
+            f"{row[f'dense_{name}']} → {row[name]}" if row[name] else "–" for name in columns
+        ]
+        cells += [f"{1e3 * float(row['work_kwh']):.3g}" if row["work_kwh"] else "–"]
+        lines.append(f"| {' | '.join([*cells, row['work_co2_grams'] or '–'])} |")
     note = (
         "Dense network → pruned one; accuracies in percent of the row's test images. The last two "
         "columns are what the row itself took: search, training and measuring."
