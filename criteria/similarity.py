@@ -95,8 +95,6 @@ def shape_angle(x: Tensor, y: Tensor, *, whitened: bool) -> Tensor:
 def permutation_angle(x: Tensor, y: Tensor) -> Tensor:
     """Returns the angle between two sets of features after the best permutation, in [0, pi].
 
-    At 256 examples and 64 features it takes 0.2 ms of one CPU core.
-
     Args:
         x: Shape (m, p).
         y: Shape (m, p).
@@ -154,9 +152,6 @@ def gaussian_shape(
     Q = 1 on, which never enlarges the distance. What is found need not be the least of all. On
     random features five rounds came within 0.1 % of what 100 find where the change was a tenth of
     the features, and within 4 % where it was as large as they are.
-
-    At 256 examples, 64 features and 10 classes it takes 10 ms of one CPU core (2 ms with
-    alpha = 2), at 2,048 features and 1,000 classes 0.5 s.
 
     Args:
         x: Shape (m, p).

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from paretoprune.criteria import CRITERIA, Criterion, SharedCalibration
 from paretoprune.criteria.random import Random
 from paretoprune.experiments.benchmarks.device import described
-from paretoprune.experiments.benchmarks.rows import append, read
+from paretoprune.experiments.benchmarks.rows import append, first_batches, read
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Ranking, Shot
 from paretoprune.experiments.comparison_plot import comparison_png
 from paretoprune.experiments.models import ResNet, resnet20, resnet56
@@ -98,15 +98,15 @@ def ours(
     """Yields a row per target, ranking and recovery of one of our criteria."""
     problem = comparison.problem
     assert problem.test is not None, "CIFAR-10 has a test split"
-    test = _first(problem.test(), images)
-    few = _first(test, images // 4)
+    test = first_batches(problem.test(), images)
+    few = first_batches(test, images // 4)
     only: dict[str, Any] = {"criteria": (label,)}
     searched = {
         shot.target: shot.loss
         for shot in comparison.shots(
             targets,
             recoveries=("reconstructed",),
-            split=_first(problem.validation, SEARCHED),
+            split=first_batches(problem.validation, SEARCHED),
             **only,
         )
     }
@@ -120,17 +120,6 @@ def ours(
             loss = searched[shot.target] if best else None
             shown = replace(shot, criterion=name)
             yield row("paretoprune", int(seed or 0), shown, loss, _count(split))
-
-
-def _first(batches: Iterable[Batch], examples: int) -> list[Batch]:
-    """Returns the first batches that hold `examples` examples together."""
-    taken: list[Batch] = []
-    for batch in batches:
-        taken.append(batch)
-        examples -= len(batch[1])
-        if examples <= 0:
-            break
-    return taken
 
 
 def _count(batches: Iterable[Batch]) -> int:
@@ -188,7 +177,7 @@ def theirs(
         channel_groups={},
     )
     assert problem.test is not None, "CIFAR-10 has a test split"
-    test = _first(problem.test(), images)
+    test = first_batches(problem.test(), images)
     waiting = sorted(targets, reverse=True)
     while waiting:
         pruner.step()
@@ -204,7 +193,7 @@ def theirs(
             ("recalibrated", recalibrate(small, problem.recalibration or problem.calibration)),
         ):
             network.to(memory_format=torch.channels_last)
-            split = _first(test, images // 4) if recovery == "plain" else test
+            split = first_batches(test, images // 4) if recovery == "plain" else test
             measured = evaluate(network, split, problem.loss)
             shot = Shot(
                 criterion=name,

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from paretoprune.experiments.benchmarks.rows import first_batches
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.problem import Batch
 
@@ -43,8 +43,8 @@ def fastnas(problem: Problem, flops: float, cache: Path) -> tuple[nn.Module, flo
     clock = cache.with_suffix(".seconds")
     before = float(clock.read_text()) if clock.exists() else 0.0
     start = time.perf_counter()
-    scored = _taken(problem.validation, SCORED)
-    calibration = _small(_taken(problem.recalibration or problem.calibration, CALIBRATED))
+    scored = first_batches(problem.validation, SCORED)
+    calibration = _small(first_batches(problem.recalibration or problem.calibration, CALIBRATED))
     shares = tuple(0.05 * i for i in range(1, 21))
     conv = {"channels_ratio": shares, "kernel_size": (), "channel_divisor": DIVISOR}
     other = {"features_ratio": shares, "feature_divisor": DIVISOR}
@@ -68,17 +68,6 @@ def fastnas(problem: Problem, flops: float, cache: Path) -> tuple[nn.Module, flo
         clock.write_text(str(seconds))
     network: nn.Module = found
     return network.eval(), before + seconds
-
-
-def _taken(batches: Iterable[Batch], examples: int) -> list[Batch]:
-    """Returns the first batches that hold `examples` examples together."""
-    taken: list[Batch] = []
-    for inputs, targets in batches:
-        taken.append((inputs[:examples], targets[:examples]))
-        examples -= len(targets)
-        if examples <= 0:
-            break
-    return taken
 
 
 def _small(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Rows of a result file: read, looked up, and added as soon as they are measured."""
+"""What benchmarks share: rows of a result file, and the examples that a row is measured on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from paretoprune.search import Batch
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -29,3 +31,19 @@ def append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(measured)
+
+
+def first_batches(batches: Iterable[Batch], examples: int) -> list[Batch]:
+    """Returns the first `examples` examples, batch by batch; all where there are fewer.
+
+    Args:
+        batches: (inputs, targets); inputs are one tensor.
+        examples: How many.
+    """
+    taken: list[Batch] = []
+    for inputs, targets in batches:
+        if examples <= 0:
+            break
+        taken.append((inputs[:examples], targets[:examples]))
+        examples -= len(targets)
+    return taken
