@@ -35,6 +35,7 @@ from paretoprune.criteria import fingerprint
 from paretoprune.criteria.base import Calibration, CostClass
 from paretoprune.criteria.bn_scale import BnScale
 from paretoprune.criteria.checkpoint import Checkpoint
+from paretoprune.criteria.precision import mixed_precision
 from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.statistics import Loss
 from paretoprune.surgery import PruningGraph
@@ -183,8 +184,8 @@ def recede(
 ) -> nn.Module:
     """Returns a copy of a network after sparsity training, with plain BatchNorms, in eval mode.
 
-    SGD with Nesterov momentum 0.9. The last epoch is returned, and not the best one on a test
-    split as in the authors' code.
+    SGD with Nesterov momentum 0.9, in bfloat16 where the device multiplies in it. The last epoch
+    is returned, and not the best one on a test split as in the authors' code.
 
     Args:
         model: A trained network; left untouched.
@@ -261,11 +262,13 @@ def _epoch(
 ) -> float | None:
     """Trains for an epoch and returns the mean loss; one that has passed is only read."""
     total, examples = 0.0, 0
+    device = next(network.parameters()).device
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device))
     for inputs, targets in batches:
         if passed:  # so that batches drawn at random go on where they were
             continue
         args, kwargs = as_call(inputs)
-        with torch.enable_grad():
+        with torch.enable_grad(), mixed:
             value = loss(network(*args, **kwargs), targets)
             penalty = torch.stack([receding_penalty(g, settings.offset) for g in gammas(network)])
             optimizer.zero_grad()

@@ -17,8 +17,10 @@ from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.stages import Stages
 from paretoprune.search import checks, evaluate
 from paretoprune.search.evaluation import Moved, on_device
+from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Batch
+from paretoprune.surgery import trace
 
 
 def recede_network(
@@ -48,7 +50,8 @@ def recede_network(
         problem = build_problem(
             model, data=data, weights=weights, seed=settings["seed"], progress=progress
         )
-    network = on_device(problem.model)
+        graph = trace(problem.model, problem.example_inputs)
+    network = channels_last(on_device(problem.model), graph)
     parts = (problem.training, problem.recalibration, problem.calibration)
     batches = next(part for part in parts if part is not None)
     checkpoint = to.with_suffix(".part")

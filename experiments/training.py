@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from paretoprune.criteria import fingerprint
 from paretoprune.criteria.checkpoint import Checkpoint
+from paretoprune.criteria.precision import mixed_precision
 from paretoprune.search.metrics import device_of, forward
 from paretoprune.search.problem import Batch, Epochs
 from paretoprune.surgery.progress import Lines, silent
@@ -103,8 +104,8 @@ def train(
 
     On one device and with the same number of threads, the result depends on the arguments alone;
     a training that was broken off and goes on from its checkpoint ends as it would have without a
-    break. On a GPU it computes in bfloat16 where autocast does. Weights stay in the layout that
-    they have: lay them out channels last before.
+    break. Where the device multiplies in bfloat16 (`criteria.precision`), autocast does. Weights
+    stay in the layout that they have: lay them out channels last before.
 
     Args:
         model: Where training starts.
@@ -180,6 +181,7 @@ class _Run:
         steps: int,
     ) -> None:
         self.device = device_of(model)
+        self._mixed = mixed_precision(self.device)
         self._network = copy.deepcopy(model).train()
         self._training = training
         self._loss = loss
@@ -210,7 +212,7 @@ class _Run:
         for inputs, targets in drawn:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._training.learning_rate * self._rate(step)
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
                 outputs = forward(self._network, inputs)
                 value = self._loss(inputs, outputs, targets.to(self.device))
                 if self._penalty is not None:

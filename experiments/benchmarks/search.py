@@ -11,6 +11,9 @@ and tests four networks, each chosen by its loss on the search split, once:
 - `recalibrated`: likewise, with BatchNorm recalibration as the only recovery;
 - `fastnas`: ModelOpt's search, see `benchmarks.fastnas`, recalibrated on the same images.
 
+The networks that a method finds for the targets are its front: a plot shows how its hypervolume
+(of loss and MACs) grows with the wall time of one target after the other.
+
 `parts` gives the whole search and searches that lack one part, or have another sampler, equally
 many trials at one target, and writes how the best loss and the hypervolume (of loss and MACs)
 grow with trials and time; `one-shot` are the plans that a search begins with, and no others.
@@ -22,9 +25,10 @@ Both go on where they were stopped: rows that are in the CSV are not measured ag
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +36,7 @@ from statistics import mean
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -51,6 +56,7 @@ from paretoprune.search import (
 )
 from paretoprune.search.damage import MUTATED, DamageModel
 from paretoprune.search.evaluation import Evaluator
+from paretoprune.search.front import hypervolume
 from paretoprune.search.ledger import Ledger
 from paretoprune.search.loop import JOURNAL
 from paretoprune.search.prepare import Prepared, Request, prepare
@@ -152,10 +158,10 @@ def main() -> None:
             for variant in options.variants.split(","):
                 this = {**same, "variant": variant}
                 if not has(out, this):
-                    grown = parts(problem, flops, options.trials, seed, options.cache, variant)
-                    append(out, [{**this, **row, **described()} for row in grown])
-    if options.what == "parts":
-        draw(read(out), out.with_suffix(".png"))
+                    found = parts(problem, flops, options.trials, seed, options.cache, variant)
+                    append(out, [{**this, **row, **described()} for row in found])
+    draw = draw_parts if options.what == "parts" else draw_fronts
+    draw(read(out), out.with_suffix(".png"))
 
 
 def searched(problem: Problem, flops: float, trials: int, seed: int, cache: Path) -> Row:
@@ -363,22 +369,57 @@ def run(
     return timed
 
 
-def draw(rows: list[dict[str, str]], file: Path) -> None:
+def draw_fronts(rows: list[dict[str, str]], file: Path) -> None:
+    """Draws the hypervolume of each method's networks over wall time, a line per seed."""
+    fronts: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        fronts.setdefault((row["method"], row["seed"]), []).append(row)
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for (method, seed), found in fronts.items():
+        points = grown(found)
+        color = f"C{list(METHODS).index(method)}"
+        label = method if seed == min(own for one, own in fronts if one == method) else None
+        axes.step(*zip((0.0, 0.0), *points, strict=True), where="post", c=color, label=label)
+        axes.plot(*zip(*points, strict=True), ".", c=color)
+    axes.set_xlabel("seconds, the targets one after the other")
+    axes.set_ylabel("hypervolume of loss and MACs, shares of their references")
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def grown(rows: Iterable[Mapping[str, str]]) -> list[tuple[float, float]]:
+    """Returns (seconds, hypervolume) after each network of a method, largest target first.
+
+    The hypervolume is that of a search: losses count from that of a uniform guess among ten
+    classes, MACs from the dense network's.
+    """
+    points: list[list[float]] = []
+    seconds, found = 0.0, []
+    for row in sorted(rows, key=lambda row: -float(row["flops"])):
+        points.append([float(row["search_loss"]) / math.log(10), float(row["macs_ratio"])])
+        seconds += float(row["seconds"])
+        found.append((seconds, hypervolume(np.array(points), np.ones(2))))
+    return found
+
+
+def draw_parts(rows: list[dict[str, str]], file: Path) -> None:
     """Draws the hypervolume over trials and over wall time, as the mean over the common seeds."""
-    grown: dict[str, dict[int, list[dict[str, str]]]] = {}
+    by_variant: dict[str, dict[int, list[dict[str, str]]]] = {}
     seeds: dict[str, set[str]] = {}
     for row in rows:
         seeds.setdefault(row["variant"], set()).add(row["seed"])
     common = set.intersection(*seeds.values())
     for row in rows:
         if row["seed"] in common:
-            grown.setdefault(row["variant"], {}).setdefault(int(row["trials"]), []).append(row)
+            by_count = by_variant.setdefault(row["variant"], {})
+            by_count.setdefault(int(row["trials"]), []).append(row)
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, across, label in zip(
         panels, ("trials", "seconds"), ("trials", "seconds of evaluation"), strict=True
     ):
-        for number, (variant, by_count) in enumerate(grown.items()):
+        for number, (variant, by_count) in enumerate(by_variant.items()):
             points = sorted(
                 tuple(mean(float(row[name]) for row in own) for name in (across, "hypervolume"))
                 for own in by_count.values()

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from paretoprune.criteria.precision import mixed_precision
 from paretoprune.experiments import models
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.datasets import IMAGENET_MEAN, IMAGENET_STD
@@ -83,7 +84,7 @@ def measure(network: str, images: int, batch_size: int, peak: float) -> dict[str
         "peak_tflops": round(peak / 1e12, 4),
         "share_of_peak": round(rate * macs * _PER_MAC / peak, 4),
         "data_share": round(_seconds(lambda: [None for _ in batches.epoch(0)]) / seconds, 4),
-        "precision": "bfloat16" if torch.cuda.is_available() else "float32",
+        "precision": "bfloat16" if mixed_precision(device_of(model)) else "float32",
     }
 
 
@@ -91,8 +92,9 @@ def peak_flops() -> float:
     """Returns the floating-point operations per second of a large matrix product."""
     cuda = torch.cuda.is_available()
     size = 8192 if cuda else 1024
-    dtype = torch.bfloat16 if cuda else torch.float32
-    matrix = torch.randn(size, size, dtype=dtype, device="cuda" if cuda else "cpu")
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if mixed_precision(device) else torch.float32
+    matrix = torch.randn(size, size, dtype=dtype, device=device)
     best = min(_seconds(lambda: [matrix @ matrix for _ in range(5)]) for _ in range(8))
     return 2 * size**3 * 5 / best
 
