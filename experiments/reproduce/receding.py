@@ -97,7 +97,7 @@ def _trained(bench: Bench, method: str) -> nn.Module:
         return model
     batches = bench.problem.training
     assert isinstance(batches, TrainingBatches)
-    model = on_device(model)
+    model = on_device(model).to(memory_format=torch.channels_last)
     settings = Receding(
         epochs=bench.options.epochs,
         strength=strength,

@@ -1,4 +1,4 @@
-"""A made-up search on a made-up network, for everything that only shows searches."""
+"""A made-up search on a made-up network, for everything that only shows searches; weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.store import Store
 from paretoprune.experiments.tracking import connect
 from paretoprune.experiments.view import SearchView
@@ -76,6 +79,15 @@ class MadeUp:
 def made_up() -> type[MadeUp]:
     """Makes records and views."""
     return MadeUp
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a digits network, so that the recipe does not train."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(digits_resnet().state_dict(), file)
+    return str(file)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from paretoprune.criteria import CRITERIA
 from paretoprune.criteria.checkpoint import Checkpoint
@@ -21,15 +21,6 @@ from paretoprune.experiments.store import store_of
 from paretoprune.experiments.tracking import connect
 from paretoprune.search import evaluate
 from paretoprune.surgery import load, trace
-
-
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of a digits network, so that the recipe does not train."""
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    save_file(digits_resnet().state_dict(), file)
-    return str(file)
 
 
 def run(command: str, weights: str, folder: Path, *options: str) -> int:

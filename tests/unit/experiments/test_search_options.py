@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments.__main__ import main
@@ -21,15 +20,6 @@ from paretoprune.experiments.tracking import connect
 from paretoprune.experiments.view import SearchView
 from paretoprune.search import Completed, evaluation, read_run
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
-
-
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of a digits network, so that the recipe does not train."""
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    save_file(digits_resnet().state_dict(), file)
-    return str(file)
 
 
 def search(weights: str, folder: Path, run: str, *options: str) -> int:
