@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from paretoprune.criteria.convolution import convolution
 from paretoprune.criteria.differentiable import Outputs, leaves_of, run
-from paretoprune.criteria.units import LAYERS, Tap, Units
+from paretoprune.criteria.units import CONVOLUTIONS, LAYERS, Tap, Units
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Values
 from paretoprune.surgery.program import Node, Ref
@@ -103,6 +104,11 @@ class _Gathering:
         self._activated = activation_units(graph)
         self._taps = {tap.node: tap for tap in self._units.taps} if curvature else {}
         self._norms = _norms_with_layers(graph, self._taps)
+        self._convolutions = {
+            name: convolution
+            for name in self._taps
+            if graph.program.nodes[name].operator in CONVOLUTIONS
+        }
         first = next(iter(self._leaves.values()), torch.zeros(0))
         device, self._dtype = first.device, first.dtype
         self._vectors = {
@@ -144,10 +150,11 @@ class _Gathering:
 
         gates = torch.ones(1, self._units.count + 1, dtype=self._dtype, device=self._open.device)
         gates.requires_grad_()
-        instead = {
+        norms = {
             name: self._units.gated_norm(self._taps[name], self._taps.get(layer), gates)
             for name, layer in self._norms.items()
         }
+        instead = {**norms, **self._convolutions}
         merged = {*self._norms, *self._norms.values()}
 
         def after(node: Node, values: Values) -> None:

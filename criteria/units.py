@@ -17,7 +17,8 @@ from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.program import Instead, Node, Ref
 
 _TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
-LAYERS = {"conv1d", "conv2d", "conv3d", "linear", *_TRANSPOSED}
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+LAYERS = {*CONVOLUTIONS, "linear", *_TRANSPOSED}
 """Operators whose weight is their second argument, and their bias the third."""
 _PRODUCTS = {"matmul", "mm", "bmm"}
 _NORMS = {"batch_norm": 1, "layer_norm": 2, "group_norm": 2}  # where the scale is
