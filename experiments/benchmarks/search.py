@@ -404,14 +404,17 @@ def grown(rows: Iterable[Mapping[str, str]]) -> list[tuple[float, float]]:
 
 
 def draw_parts(rows: list[dict[str, str]], file: Path) -> None:
-    """Draws the hypervolume over trials and over wall time, as the mean over the common seeds."""
-    by_variant: dict[str, dict[int, list[dict[str, str]]]] = {}
+    """Draws the hypervolume over trials and over wall time, as the mean over the seeds.
+
+    Variants that lack a seed of the whole search are left out.
+    """
     seeds: dict[str, set[str]] = {}
     for row in rows:
         seeds.setdefault(row["variant"], set()).add(row["seed"])
-    common = set.intersection(*seeds.values())
+    whole = seeds["search"]
+    by_variant: dict[str, dict[int, list[dict[str, str]]]] = {}
     for row in rows:
-        if row["seed"] in common:
+        if row["seed"] in whole <= seeds[row["variant"]]:
             by_count = by_variant.setdefault(row["variant"], {})
             by_count.setdefault(int(row["trials"]), []).append(row)
     figure = Figure(figsize=(13, 5), layout="constrained")
@@ -426,7 +429,7 @@ def draw_parts(rows: list[dict[str, str]], file: Path) -> None:
             )
             style = "-" if variant == "search" else ("--", ":")[number // 10]
             axes.plot(*zip(*points, strict=True), style, marker=".", label=variant)
-        axes.set_xlabel(f"{label}; mean over seeds {', '.join(sorted(common))}")
+        axes.set_xlabel(f"{label}; mean over seeds {', '.join(sorted(whole))}")
     panels[0].set_ylabel("hypervolume of loss and MACs, shares of their references")
     panels[0].legend(fontsize="small", ncols=2)
     figure.savefig(file, dpi=110)
