@@ -58,17 +58,23 @@ def page(results: Path) -> str:
         reported = [row for row in rows if row.get("fgsm_8") or row.get("latency_ms")]
         if reported:
             parts.append(f"### {title}: robustness and energy\n\n{_reported(reported, what)}\n")
+    timed = results / "sosp-time.csv"
+    if timed.exists():
+        rows = list(csv.DictReader(timed.read_text().splitlines()))
+        parts.append(f"## SOSP: seconds on 256 images\n\n{_timed(rows)}\n")
     return "\n".join(parts)
 
 
 def _table(rows: list[dict[str, str]], published: list[Published], what: str) -> Iterator[str]:
     networks = dict.fromkeys([one.network for one in published] + [r["network"] for r in rows])
-    yield f"| network | {what} removed | method | top-1 before fine-tuning | top-1 | run |"
-    yield "|---|---:|---|---:|---:|---|"
+    extra = _extra(rows, what)
+    heads = ["network", f"{what} removed", "method", *extra.values()]
+    yield f"| {' | '.join([*heads, 'top-1 before fine-tuning', 'top-1', 'run'])} |"
+    yield f"|---|---:|---|{'---:|' * len(extra)}---:|---:|---|"
     for network in networks:
         ours = [row for row in rows if row["network"] == network]
         theirs = [one for one in published if one.network == network]
-        lines = [*(_theirs(one) for one in theirs), *_ours(ours)]
+        lines = [*(_theirs(one, len(extra)) for one in theirs), *_ours(ours, extra)]
         for _, line in sorted(lines, key=lambda pair: pair[0]):
             yield line
     sources = dict.fromkeys(f"{one.method}: {one.source}" for one in published)
@@ -76,14 +82,27 @@ def _table(rows: list[dict[str, str]], published: list[Published], what: str) ->
         yield f"\nPublished: {'; '.join(sources)}."
 
 
-def _theirs(row: Published) -> tuple[float, str]:
+def _extra(rows: Iterable[Mapping[str, str]], what: str) -> dict[str, str]:
+    """Returns the columns that our rows alone have, with their heads."""
+    columns = {"large_removed": "units of large norm removed"}
+    if what != "FLOPs":
+        columns["macs_reduction"] = "FLOPs removed"
+    return {name: head for name, head in columns.items() if any(row.get(name) for row in rows)}
+
+
+def _theirs(row: Published, extra: int) -> tuple[float, str]:
     change = "" if row.delta is None else f" ({row.delta:+.2f} points)"
     accuracy = "–" if row.accuracy is None else f"{row.accuracy:.2f}"
-    cells = [row.network, f"{row.reduction:.2f} %", f"{row.method}, published", "–"]
+    cells = [
+        row.network,
+        f"{row.reduction:.2f} %",
+        f"{row.method}, published",
+        *["–"] * (extra + 1),
+    ]
     return row.reduction, f"| {' | '.join([*cells, f'{accuracy}{change}', ''])} |"
 
 
-def _ours(rows: Iterable[Mapping[str, str]]) -> Iterator[tuple[float, str]]:
+def _ours(rows: Iterable[Mapping[str, str]], extra: Iterable[str]) -> Iterator[tuple[float, str]]:
     """Yields a line per method, reduction and scale: the mean over its seeds, with the range."""
     groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
     for row in rows:
@@ -96,6 +115,7 @@ def _ours(rows: Iterable[Mapping[str, str]]) -> Iterator[tuple[float, str]]:
         if full != "True":
             run = f"*part*: {run}, {int(tested):,} tested"
         cells = [own[0]["network"], f"{float(removed or reduction):.2f} %", f"**{method}**"]
+        cells += [f"{_spread(own, name)} %" for name in extra]
         cells += [_spread(own, name) for name in ("accuracy_before", "accuracy")]
         yield float(reduction), f"| {' | '.join([*cells, run])} |"
 
@@ -125,6 +145,21 @@ def _reported(rows: list[dict[str, str]], what: str) -> str:
         "columns are what the row itself took: search, training and measuring."
     )
     return "\n".join([*lines, "", note])
+
+
+def _timed(rows: list[dict[str, str]]) -> str:
+    """Returns the seconds of criteria on networks of more and more structures."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    seconds = {(row["network"], row["method"]): row["criterion_seconds"] for row in rows}
+    sizes = {row["network"]: (int(row["structures"]), int(row["params"])) for row in rows}
+    lines = [
+        f"| network | structures | params | {' | '.join(methods)} |",
+        f"|---|---:|---:|{'---:|' * len(methods)}",
+    ]
+    for network, (structures, params) in sizes.items():
+        shown = (seconds.get((network, method), "–") for method in methods)
+        lines.append(f"| {network} | {structures:,} | {params:,} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 def _total(row: Mapping[str, str], epochs: str) -> str:

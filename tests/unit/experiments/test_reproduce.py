@@ -122,6 +122,22 @@ def test_rows_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
     assert "| 60.00 |" in text
 
 
+def test_the_page_says_what_shares_of_structures_are_in_flops_and_time(tmp_path: Path) -> None:
+    columns = "network,method,reduction,seed,epochs,images,test_images,macs_reduction"
+    (tmp_path / "sosp.csv").write_text(
+        f"{columns},full,accuracy_before,accuracy\nresnet20,l1,50,0,1,300,120,75.62,False,9,60\n"
+    )
+    (tmp_path / "sosp-time.csv").write_text(
+        "network,method,structures,params,criterion_seconds\n"
+        "resnet8 x1,sosp_h,400,78042,2.5\nresnet8 x1,l1,400,78042,0.01\n"
+    )
+    text = page(tmp_path)
+    assert "| structures removed | method | FLOPs removed |" in text
+    assert "| 50.00 % | **l1** | 75.62 % | 9.00 | 60.00 |" in text
+    assert "| structures | params | sosp_h | l1 |" in text
+    assert "| resnet8 x1 | 400 | 78,042 | 2.5 | 0.01 |" in text
+
+
 def test_published_rows_are_plausible() -> None:
     for row in PUBLISHED:
         assert 0 <= row.reduction < 100
