@@ -266,7 +266,8 @@ def costs() -> Iterator[Row]:
 
     Networks grow from ResNet-20 to one with the parameters of a ResNet-50; images and weights are
     random, which changes no time. The pass and the criteria take turns, so that what else the
-    machine does meets all of them. On one thread: threads that wait for another take CPU time, too.
+    machine does meets all of them. They have one thread: what a thread waits for others is CPU
+    time, too.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
