@@ -2,7 +2,7 @@
 
 A factor on what a convolution puts out says all about its weights that curvature needs, so the
 second backward pass asks for no derivative by them. PyTorch's operator takes it all the same, by
-one more convolution, the dearest of them.
+one more convolution.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ def convolution(operator: Callable[..., Any], args: list[Any], kwargs: dict[str,
 
     A first backward pass that creates its graph gives the derivatives by inputs, weights and bias;
     that graph, and every backward pass without one, has those by inputs alone.
+
+    Args:
+        operator: Computes what has no form here: padding by name, or an input without examples.
+        args: Input, shape (n, channels, ...); weight, shape (filters, channels / groups, ...); and
+            what follows of bias, stride, padding, dilation and groups.
+        kwargs: Of the operator.
     """
     value, weight, bias, stride, padding, dilation, groups = [*args, *_DEFAULTS[len(args) - 2 :]]
     if kwargs or isinstance(padding, str) or value.ndim != weight.ndim:

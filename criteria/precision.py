@@ -9,6 +9,9 @@ def mixed_precision(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16: GPUs do, and CPUs with instructions for it.
 
     On other CPUs bfloat16 is emulated, and slower than float32.
+
+    Args:
+        device: Where the network is.
     """
     if device.type == "cpu":
         able = torch.cpu.get_capabilities()

@@ -20,7 +20,7 @@ from torch import nn
 from paretoprune.criteria import CRITERIA
 from paretoprune.experiments import recipes
 from paretoprune.experiments.__main__ import app, main
-from paretoprune.experiments.benchmarks.search import grown
+from paretoprune.experiments.benchmarks.search_plot import grown
 from paretoprune.experiments.training import Training, train
 from paretoprune.surgery.progress import Lines, silent
 

@@ -1,4 +1,7 @@
-"""A made-up search on a made-up network, for everything that only shows searches; weights."""
+"""A made-up search on a made-up network, for everything that only shows searches.
+
+Untrained weights for what runs them.
+"""
 
 from __future__ import annotations
 
