@@ -14,8 +14,11 @@ import torch
 import typer
 from rich.console import Console
 
-from paretoprune.experiments import commands, export_command, models
-from paretoprune.experiments.data import load_data
+from paretoprune.experiments import models
+from paretoprune.experiments.commands.export import Choice, export_run
+from paretoprune.experiments.commands.options import SearchOptions
+from paretoprune.experiments.commands.search import search
+from paretoprune.experiments.data.opening import load_data
 from paretoprune.experiments.units import format_percent
 from paretoprune.search import evaluate
 from paretoprune.surgery import load, trace
@@ -29,17 +32,14 @@ def main() -> int:
     torch.set_num_threads(1)  # a network as small as this one only waits for other threads
     say = Console(highlight=False).rule
     say(f"1 of 3  search: digits, {FLOPS} of the FLOPs, {TRIALS} trials")
-    options = commands.SearchOptions("digits", FLOPS, trials=TRIALS)
+    options = SearchOptions("digits", FLOPS, trials=TRIALS)
     try:
-        run = commands.search(options, run=None, runs_dir=RUNS, quiet=False)
+        run = search(options, run=None, runs_dir=RUNS, quiet=False)
     except typer.Exit as stop:
         return stop.exit_code
     say(f"2 of 3  export the best to {EXPORT}")
     shutil.rmtree(EXPORT, ignore_errors=True)  # of an earlier demo
-    choice = export_command.Choice()
-    export_command.export_run(
-        run, choice, EXPORT, formats="safetensors", runs_dir=RUNS, quiet=False
-    )
+    export_run(run, Choice(), EXPORT, formats="safetensors", runs_dir=RUNS, quiet=False)
     say("3 of 3  load it and check")
     _check(EXPORT)
     typer.echo(f"\nopen the front in the MLflow UI:  paretoprune ui {run} --open")

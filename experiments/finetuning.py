@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretoprune.experiments.splits import TrainingBatches
+from paretoprune.experiments.data.splits import TrainingBatches
 from paretoprune.experiments.training import Training, train
 from paretoprune.search import Problem
 from paretoprune.search.evaluation import on_device

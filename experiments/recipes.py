@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.experiments import models
-from paretoprune.experiments.data import Data, load_data
+from paretoprune.experiments.data.opening import Data, load_data
+from paretoprune.experiments.data.sources import ExampleArray, float32, picked
+from paretoprune.experiments.data.splits import (
+    Splits,
+    TrainingBatches,
+    split,
+    training_batch_size_for,
+)
 from paretoprune.experiments.references import (
     LIBRARIES,
     Network,
@@ -24,13 +31,6 @@ from paretoprune.experiments.references import (
     import_reference,
     library_network,
     load_weights,
-)
-from paretoprune.experiments.sources import ExampleArray, float32, picked
-from paretoprune.experiments.splits import (
-    Splits,
-    TrainingBatches,
-    split,
-    training_batch_size_for,
 )
 from paretoprune.experiments.training import Training, train
 from paretoprune.search.checks import check_problem

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("surgery", "criteria", "search", "experiments")
+FOLDERS = ("data", "measuring", "exporting", "showing", "tracking", "commands", "cli")
+"""Of `experiments/`, each above those before it."""
 FILES = sorted(file for layer in LAYERS for file in (ROOT / layer).rglob("*.py"))
 
 
@@ -41,6 +43,18 @@ def test_imports_point_one_way(file: Path) -> None:
         if name.split(".")[0] == "paretoprune" and name.split(".")[1] in above
     }
     assert not wrong, f"{layer} must not know {wrong}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_of_experiments_import_one_way(folder: str) -> None:
+    above = FOLDERS[FOLDERS.index(folder) + 1 :]
+    wrong = {
+        name
+        for file in (ROOT / "experiments" / folder).rglob("*.py")
+        for name in imported(file)
+        if name.startswith(tuple(f"paretoprune.experiments.{each}." for each in above))
+    }
+    assert not wrong, f"experiments/{folder} must not know {wrong}"
 
 
 @pytest.mark.parametrize("vendor", ["optuna", "ray", "mlflow"])

@@ -19,8 +19,9 @@ from torch import nn
 
 from paretoprune.criteria import CRITERIA
 from paretoprune.experiments import recipes
-from paretoprune.experiments.__main__ import app, main
+from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.benchmarks.search_plot import grown
+from paretoprune.experiments.cli.app import app
 from paretoprune.experiments.training import Training, train
 from paretoprune.surgery.progress import Lines, silent
 

@@ -34,9 +34,9 @@ from paretoprune.criteria.random import Random
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.benchmarks.rows import append, first_batches, read
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Ranking, Shot
-from paretoprune.experiments.comparison_plot import comparison_png
 from paretoprune.experiments.models import ResNet, resnet20, resnet56
 from paretoprune.experiments.recipes import build_problem
+from paretoprune.experiments.showing.comparison_plot import comparison_png
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.problem import Batch
 from paretoprune.surgery import PruningGraph, recalibrate, trace

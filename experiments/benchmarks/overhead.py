@@ -28,8 +28,8 @@ from typing import Any
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.runs import RunSpec
-from paretoprune.experiments.store import store_of
-from paretoprune.experiments.tracker import MlflowListener
+from paretoprune.experiments.tracking.store import store_of
+from paretoprune.experiments.tracking.tracker import MlflowListener
 from paretoprune.search import Completed, ParetoFront, Problem, Record, SearchInfo, Stopped, search
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.ledger import Task

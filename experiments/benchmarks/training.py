@@ -22,9 +22,9 @@ import torch
 from paretoprune.criteria.precision import mixed_precision
 from paretoprune.experiments import models
 from paretoprune.experiments.benchmarks.device import described
-from paretoprune.experiments.datasets import IMAGENET_MEAN, IMAGENET_STD
-from paretoprune.experiments.sources import ImageArray
-from paretoprune.experiments.splits import TrainingBatches
+from paretoprune.experiments.data.datasets import IMAGENET_MEAN, IMAGENET_STD
+from paretoprune.experiments.data.sources import ImageArray
+from paretoprune.experiments.data.splits import TrainingBatches
 from paretoprune.experiments.training import Training, train
 from paretoprune.search.evaluation import on_device
 from paretoprune.search.metrics import device_of

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from paretoprune.experiments import models
 from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.data.splits import Batches, TrainingBatches
+from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.recipes import RECIPES, build_problem
-from paretoprune.experiments.reports import parse_reports
 from paretoprune.experiments.reproduce.reported import COLUMNS, energy, robust, worked
-from paretoprune.experiments.splits import Batches, TrainingBatches
 from paretoprune.experiments.training import Training, train
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.evaluation import on_device

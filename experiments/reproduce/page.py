@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 
+from paretoprune.experiments.measuring.robustness import EPSILONS
 from paretoprune.experiments.reproduce.common import RESULTS
 from paretoprune.experiments.reproduce.published import PUBLISHED, Published
-from paretoprune.experiments.robustness import EPSILONS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 TITLES = {

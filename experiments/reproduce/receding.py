@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from paretoprune.criteria import CRITERIA
 from paretoprune.criteria.bottlenecks import reset
 from paretoprune.criteria.receding import Receding, recede
+from paretoprune.experiments.data.splits import TrainingBatches
 from paretoprune.experiments.reproduce.common import (
     RESULTS,
     Bench,
@@ -33,7 +34,6 @@ from paretoprune.experiments.reproduce.common import (
     without_lowest,
 )
 from paretoprune.experiments.reproduce.common import parser as base_parser
-from paretoprune.experiments.splits import TrainingBatches
 from paretoprune.search.evaluation import on_device
 from paretoprune.search.metrics import device_of
 from paretoprune.search.weights import write_weights

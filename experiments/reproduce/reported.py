@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from paretoprune.experiments.energy import inference_energy, metered
-from paretoprune.experiments.reports import ENERGY_SECONDS
-from paretoprune.experiments.robustness import EPSILONS, robustness
-from paretoprune.experiments.splits import Batches
+from paretoprune.experiments.data.splits import Batches
+from paretoprune.experiments.measuring.energy import inference_energy, metered
+from paretoprune.experiments.measuring.reports import ENERGY_SECONDS
+from paretoprune.experiments.measuring.robustness import EPSILONS, robustness
 from paretoprune.search.evaluation import on_device
 from paretoprune.search.latency import measure_latency
 

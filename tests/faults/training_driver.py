@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from paretoprune.experiments.data import load_data
+from paretoprune.experiments.data.opening import load_data
+from paretoprune.experiments.data.splits import TrainingBatches, split
 from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.models import digits_resnet
-from paretoprune.experiments.splits import TrainingBatches, split
 from paretoprune.experiments.training import Training, train
 from paretoprune.search import Finetuning, Problem, search
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from paretoprune.experiments.__main__ import main
-from paretoprune.experiments.data import load_data
-from paretoprune.experiments.splits import split
-from paretoprune.experiments.store import store_of
-from paretoprune.experiments.tracking import connect
+from paretoprune.experiments.data.opening import load_data
+from paretoprune.experiments.data.splits import split
+from paretoprune.experiments.tracking.mlflow_runs import connect
+from paretoprune.experiments.tracking.store import store_of
 from paretoprune.search import Completed, SearchInfo, evaluate, read_run
 from paretoprune.surgery import load, trace
 

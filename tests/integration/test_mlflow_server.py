@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from paretoprune.experiments.__main__ import main
-from paretoprune.experiments.store import Store
-from paretoprune.experiments.tracking import connect
+from paretoprune.experiments.tracking.mlflow_runs import connect
+from paretoprune.experiments.tracking.store import Store
 
 TRIALS = 4
 

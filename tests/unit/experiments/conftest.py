@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from paretoprune.experiments.models import digits_resnet
-from paretoprune.experiments.store import Store
-from paretoprune.experiments.tracking import connect
-from paretoprune.experiments.view import SearchView
+from paretoprune.experiments.showing.view import SearchView
+from paretoprune.experiments.tracking.mlflow_runs import connect
+from paretoprune.experiments.tracking.store import Store
 from paretoprune.search import (
     Candidate,
     Completed,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from paretoprune.experiments import importance
-from paretoprune.experiments.architecture import architecture_figure, best_widths, title
-from paretoprune.experiments.pictures import pictures
-from paretoprune.experiments.view import SearchView
+from paretoprune.experiments.showing import importance
+from paretoprune.experiments.showing.architecture import architecture_figure, best_widths, title
+from paretoprune.experiments.showing.pictures import pictures
+from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import Completed, Record, Stopped
 
 if TYPE_CHECKING:

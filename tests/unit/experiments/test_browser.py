@@ -16,8 +16,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from paretoprune.experiments.runs import RunSpec, create_run
-from paretoprune.experiments.tracker import MlflowListener
-from paretoprune.experiments.view import SearchView
+from paretoprune.experiments.showing.view import SearchView
+from paretoprune.experiments.tracking.tracker import MlflowListener
 from paretoprune.search import SearchInfo
 
 SECONDS = 60_000.0

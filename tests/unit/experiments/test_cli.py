@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from paretoprune.experiments.__main__ import app, main
+from paretoprune.experiments.__main__ import main
+from paretoprune.experiments.cli.app import app
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.runs import RunSpec, create_run
-from paretoprune.experiments.saved_view import front_link, view_link
-from paretoprune.experiments.server import tracked
+from paretoprune.experiments.tracking.saved_view import front_link, view_link
+from paretoprune.experiments.tracking.server import tracked
 
 COMMANDS = (
     "inspect", "search", "resume", "front", "ui", "export", "criteria", "compare", "bottlenecks",
@@ -232,7 +233,7 @@ def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -
     def broken(*arguments: object, **options: object) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr("paretoprune.experiments.commands.front", broken)
+    monkeypatch.setattr("paretoprune.experiments.commands.front.front", broken)
     with pytest.raises(KeyError):
         main(["front", "x"])
 
@@ -241,7 +242,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("paretoprune.experiments.commands.front", interrupted)
+    monkeypatch.setattr("paretoprune.experiments.commands.front.front", interrupted)
     assert main(["front", "x"]) == 130
 
 

@@ -17,8 +17,8 @@ from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.comparison import Comparison
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.recipes import build_problem
-from paretoprune.experiments.store import store_of
-from paretoprune.experiments.tracking import connect
+from paretoprune.experiments.tracking.mlflow_runs import connect
+from paretoprune.experiments.tracking.store import store_of
 from paretoprune.search import evaluate
 from paretoprune.surgery import load, trace
 

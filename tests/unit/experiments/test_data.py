@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from paretoprune.experiments.data import load_data
-from paretoprune.experiments.sources import DatasetSource, ExampleArray
+from paretoprune.experiments.data.opening import load_data
+from paretoprune.experiments.data.sources import DatasetSource, ExampleArray
 
 MODULE = """
 import torch

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from paretoprune.experiments.datasets import (
+from paretoprune.experiments.data.datasets import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     cifar10,

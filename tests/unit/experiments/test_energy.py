@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from paretoprune.experiments.energy import (
+from paretoprune.experiments.measuring.energy import (
     Meter,
     check_energy,
     energy_of_run,
     inference_energy,
     metered,
 )
+from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.models import digits_resnet
-from paretoprune.experiments.reports import parse_reports
 
 
 def test_work_takes_energy_and_time() -> None:

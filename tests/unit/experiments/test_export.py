@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from paretoprune.experiments import export as exporting
-from paretoprune.experiments.card import verdict
-from paretoprune.experiments.counting import thop_macs
-from paretoprune.experiments.export import export
-from paretoprune.experiments.formats import FORMATS, ExportFailed
+from paretoprune.experiments.exporting import export as exporting
+from paretoprune.experiments.exporting.card import verdict
+from paretoprune.experiments.exporting.export import export
+from paretoprune.experiments.exporting.formats import FORMATS, ExportFailed
+from paretoprune.experiments.measuring.counting import thop_macs
+from paretoprune.experiments.measuring.reports import Report
 from paretoprune.experiments.models import digits_resnet
-from paretoprune.experiments.reports import Report
 from paretoprune.search import Candidate, Completed, Failed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.latency import Latency, measure_latency

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.experiments.__main__ import main
-from paretoprune.experiments.formats import (
+from paretoprune.experiments.data.examples import first_examples
+from paretoprune.experiments.exporting.formats import (
     FORMATS,
     OPSET,
     ExportFailed,
     Written,
-    first_examples,
     parse_formats,
     write_format,
 )

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from paretoprune.experiments import page, plots, summary
-from paretoprune.experiments.view import SearchView
+from paretoprune.experiments.showing import page, plots, summary
+from paretoprune.experiments.showing.view import SearchView
 
 if TYPE_CHECKING:
     from tests.unit.experiments.conftest import MadeUp

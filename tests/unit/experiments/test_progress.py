@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from paretoprune.experiments.progress import (
+from paretoprune.experiments.commands.progress import (
     SearchProgress,
     is_live,
     long_step,
     reasons,
     results_console,
 )
-from paretoprune.experiments.stages import Stages, clock_time
-from paretoprune.experiments.view import SearchView
+from paretoprune.experiments.commands.stages import Stages, clock_time
+from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import Completed, ParetoFront, SearchInfo
 from paretoprune.search.record import LAYER
 

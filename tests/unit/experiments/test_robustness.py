@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from paretoprune.experiments.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from paretoprune.experiments.data import load_data
-from paretoprune.experiments.export import export
+from paretoprune.experiments.data.opening import load_data
+from paretoprune.experiments.data.sources import ImageArray
+from paretoprune.experiments.data.splits import Batches, TrainingBatches
+from paretoprune.experiments.exporting.export import export
+from paretoprune.experiments.measuring.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from paretoprune.experiments.measuring.reports import check_reports
+from paretoprune.experiments.measuring.robustness import fgsm, robustness, summary
 from paretoprune.experiments.models import digits_resnet
-from paretoprune.experiments.reports import check_reports
-from paretoprune.experiments.robustness import fgsm, robustness, summary
-from paretoprune.experiments.sources import ImageArray
-from paretoprune.experiments.splits import Batches, TrainingBatches
 from paretoprune.experiments.training import Training, train
 from paretoprune.search import Candidate, Completed, Problem, Record, evaluate
 from paretoprune.surgery import PruningPlan

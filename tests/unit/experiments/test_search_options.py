@@ -13,11 +13,11 @@ from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.comparison import Comparison
 from paretoprune.experiments.models import digits_resnet
-from paretoprune.experiments.page import front_page
 from paretoprune.experiments.recipes import build_problem
-from paretoprune.experiments.store import store_of
-from paretoprune.experiments.tracking import connect
-from paretoprune.experiments.view import SearchView
+from paretoprune.experiments.showing.page import front_page
+from paretoprune.experiments.showing.view import SearchView
+from paretoprune.experiments.tracking.mlflow_runs import connect
+from paretoprune.experiments.tracking.store import store_of
 from paretoprune.search import Completed, evaluation, read_run
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from paretoprune.experiments.sources import DatasetSource, ExampleArray, ImageArray, picked
+from paretoprune.experiments.data.sources import DatasetSource, ExampleArray, ImageArray, picked
 
 IMAGES = torch.arange(5 * 6 * 6 * 3, dtype=torch.uint8).view(5, 6, 6, 3)
 CLASSES = torch.tensor([0, 1, 2, 1, 0])

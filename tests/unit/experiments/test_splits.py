@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from paretoprune.criteria import fingerprint
-from paretoprune.experiments.sources import ExampleArray, ImageArray
-from paretoprune.experiments.splits import (
+from paretoprune.experiments.data.sources import ExampleArray, ImageArray
+from paretoprune.experiments.data.splits import (
     LARGE_IMAGES,
     Batches,
     Sizes,

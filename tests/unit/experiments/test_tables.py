@@ -9,15 +9,15 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from paretoprune.experiments.summary import headline
-from paretoprune.experiments.tables import (
+from paretoprune.experiments.showing.summary import headline
+from paretoprune.experiments.showing.tables import (
     front_csv,
     front_json,
     front_table,
     pruning_ratios,
     stage_ratios,
 )
-from paretoprune.experiments.view import SearchView
+from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import Completed, Record
 
 

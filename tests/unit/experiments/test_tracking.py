@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from paretoprune.experiments import page, tracker, tracking
 from paretoprune.experiments.runs import RunSpec, create_run
-from paretoprune.experiments.saved_view import view_tag
-from paretoprune.experiments.store import ExportPlace, Store, store_of
-from paretoprune.experiments.tracker import MlflowListener
-from paretoprune.experiments.tracking import _tracking_to, connect, register_export
-from paretoprune.experiments.view import SearchView
+from paretoprune.experiments.showing import page
+from paretoprune.experiments.showing.view import SearchView
+from paretoprune.experiments.tracking import mlflow_runs as tracking
+from paretoprune.experiments.tracking import tracker
+from paretoprune.experiments.tracking.mlflow_runs import _tracking_to, connect, register_export
+from paretoprune.experiments.tracking.saved_view import view_tag
+from paretoprune.experiments.tracking.store import ExportPlace, Store, store_of
+from paretoprune.experiments.tracking.tracker import MlflowListener
 from paretoprune.search import Completed, Failed, ParetoFront, Record, SearchInfo
 
 if TYPE_CHECKING:

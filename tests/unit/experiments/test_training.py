@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretoprune.experiments.sources import ImageArray
-from paretoprune.experiments.splits import TrainingBatches
+from paretoprune.experiments.data.sources import ImageArray
+from paretoprune.experiments.data.splits import TrainingBatches
 from paretoprune.experiments.training import Training, distillation_loss, train
 from paretoprune.search.metrics import evaluate
 from paretoprune.search.problem import Batch

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from paretoprune.experiments.export import export
+from paretoprune.experiments.exporting.export import export
 from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.training import Training
 from paretoprune.search import (

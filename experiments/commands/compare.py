@@ -1,0 +1,119 @@
+"""`paretoprune compare`: all criteria at equal FLOPs, as a table, CSV, plot and MLflow run."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from paretoprune.criteria import CRITERIA, Bounds, CostClass
+from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
+from paretoprune.experiments.comparison import RECOVERIES, Comparison, Shot
+from paretoprune.experiments.recipes import build_problem
+from paretoprune.experiments.runs import SALIENCY_DIR
+from paretoprune.experiments.showing.comparison_plot import comparison_png
+from paretoprune.experiments.tracking.mlflow_runs import log_comparison
+from paretoprune.experiments.tracking.store import store_of
+from paretoprune.experiments.units import format_percent, format_target, parse_flops
+from paretoprune.search import checks
+from paretoprune.surgery import trace
+
+CHEAP = tuple(name for name, kind in CRITERIA.items() if kind.cost < CostClass.ABLATION)
+"""What is compared unasked: all criteria without a forward pass per unit or a training."""
+
+
+def compare(
+    model: str,
+    flops: str,
+    *,
+    data: str | None,
+    weights: str | None,
+    criteria: str | None,
+    blocks: bool,
+    bounds: Bounds,
+    seed: int,
+    to: Path | None,
+    runs_dir: Path,
+    quiet: bool,
+) -> None:
+    """Measures every criterion at every target and writes what came out.
+
+    Raises:
+        ValueError: If an argument cannot be meant.
+        InfeasibleBudget: If no plan meets a target.
+    """
+    targets = [parse_flops(part) for part in flops.split(",")]
+    names = CHEAP if criteria is None else tuple(n.strip() for n in criteria.split(","))
+    chosen = checks.criteria_by_name(names)
+    console = progress_console()
+    with long_step(console, f"Preparing {model}", quiet=quiet) as progress:
+        problem = build_problem(model, data=data, weights=weights, seed=seed, progress=progress)
+    with long_step(console, f"Tracing {model}", quiet=quiet):
+        graph = trace(problem.model, problem.example_inputs)
+    for target in targets:
+        checks.check_reachable(graph, target, bounds)
+    with long_step(console, "Measuring saliencies", quiet=quiet) as progress:
+        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress, bounds)
+    with long_step(console, "Comparing", quiet=quiet) as progress:
+        rankings = ("units", "units and blocks") if blocks and graph.blocks else ("units",)
+        shots = list(comparison.shots(targets, rankings=rankings, progress=progress))  # type: ignore[arg-type]
+    folder = to or runs_dir / "comparisons" / problem.name.replace(":", "-").replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = write_csv(shots, folder / "criteria.csv")
+    figure = comparison_png(shots, f"{problem.name}: criteria one-shot, search split")
+    figure.savefig(folder / "criteria.png")
+    out = results_console()
+    out.print(
+        f"{problem.name}: {'accuracy' if shots[0].accuracy is not None else 'loss'} on the search "
+        "split by MACs left (the papers' FLOPs); plain / recalibrated / reconstructed"
+    )
+    out.print(table(shots, targets))
+    out.print(f"written: {file} and {folder / 'criteria.png'}", soft_wrap=True)
+    try:
+        log_comparison(store_of(runs_dir), problem.name, flops, shots, folder)
+    except Exception as error:  # what was measured is on disk, and MLflow is only a view of it
+        print(f"MLflow was not written: {error}", file=sys.stderr)
+
+
+def write_csv(shots: Sequence[Shot], file: Path) -> Path:
+    """Writes shots as CSV, a row each, and returns the file."""
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(asdict(shots[0])))
+        writer.writeheader()
+        for shot in shots:
+            rounded = {
+                key: round(value, 4) if isinstance(value, float) else value
+                for key, value in asdict(shot).items()
+            }
+            writer.writerow(rounded)
+    return file
+
+
+def table(shots: Sequence[Shot], targets: Sequence[float | int]) -> Table:
+    """Returns a table with a row per criterion and a column per target."""
+    shown = Table(box=box.SIMPLE_HEAD)
+    shown.add_column("criterion")
+    for target in targets:
+        shown.add_column(format_target(target), justify="right")
+    for criterion, ranking in dict.fromkeys((s.criterion, s.ranking) for s in shots):
+        cells = []
+        for target in targets:
+            own = {
+                s.recovery: s
+                for s in shots
+                if (s.criterion, s.ranking, s.target) == (criterion, ranking, target)
+            }
+            values = [_cell(own[recovery]) for recovery in RECOVERIES if recovery in own]
+            cells.append(" / ".join(values) or "no plan")
+        name = criterion if ranking == "units" else f"{criterion}, with blocks"
+        shown.add_row(name, *cells)
+    return shown
+
+
+def _cell(shot: Shot) -> str:
+    return f"{shot.loss:.3f}" if shot.accuracy is None else format_percent(shot.accuracy)

@@ -1,0 +1,133 @@
+"""The options of `search`, checked before anything that takes long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from paretoprune.criteria import CRITERIA, Bounds
+from paretoprune.experiments.measuring.reports import parse_reports
+from paretoprune.experiments.runs import RunSpec
+from paretoprune.experiments.units import parse_flops, parse_fraction
+from paretoprune.search import checks
+from paretoprune.search.loop import DEFAULTS
+from paretoprune.search.ties import GRANULARITIES, Granularity
+
+TOP = 3
+"""How many of the front are fine-tuned by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """The options of `search` as they were given; see its help."""
+
+    model: str
+    flops: str
+    data: str | None = None
+    weights: str | None = None
+    trials: int = 100
+    criteria: str | None = None
+    sampler: str | None = None
+    seed: int = 0
+    workers: int | None = None
+    address: str | None = None
+    gpus_per_trial: float | None = None
+    trial_timeout: float | None = None
+    storage: str | None = None
+    strategy: str = "optuna"
+    finetune: int = 0
+    top: int | None = None
+    distil: bool = False
+    recovery: int = 0
+    report: str = ""
+    objectives: str = "loss,macs"
+    granularity: str = "group"
+    multiple: int = 1
+    min_ratio: str = "0"
+    max_ratio: str = "1"
+    exclude: str = ""
+
+    def checked(self) -> RunSpec:
+        """Returns the run that they describe.
+
+        Raises:
+            ValueError: If one of them cannot be meant.
+        """
+        checks.check_name("strategy", self.strategy, DEFAULTS)
+        names = _names(self.criteria or "") or DEFAULTS[self.strategy]
+        for name in names:
+            checks.check_name("criterion", name, CRITERIA)
+        objectives = _names(self.objectives)
+        checks.check_objectives(objectives)
+        checks.check_name("granularity", self.granularity, GRANULARITIES)
+        bounds = bounds_of(self.multiple, self.min_ratio, self.max_ratio, self.exclude)
+        if self.strategy == "everything":
+            checks.check_steps(names, objectives, bounds, self.granularity)
+        checks.check_used(self.strategy, self.sampler, self.recovery)
+        checks.check_sampler(self.sampler or checks.DAMAGE)
+        checks.check_count("--trials", self.trials, 1)
+        checks.check_count("--seed", self.seed, 0)
+        checks.check_count("--workers", self.workers or 0, 0)
+        checks.check_workers(self.workers, self.gpus_per_trial, self.trial_timeout)
+        checks.check_count("--finetune", self.finetune, 0)
+        checks.check_count("--top", TOP if self.top is None else self.top, 1)
+        checks.check_count("--recovery", self.recovery, 0)
+        if self.top is not None and not self.finetune:
+            raise ValueError(
+                f"--top {self.top} says how many are fine-tuned, but none are: give --finetune "
+                f"EPOCHS, or leave --top out."
+            )
+        if self.distil and not self.finetune and not self.recovery:
+            raise ValueError("--distill needs a training: give --finetune EPOCHS.")
+        return RunSpec(
+            model=self.model,
+            flops=parse_flops(self.flops),
+            trials=self.trials,
+            criteria=names,
+            objectives=objectives,
+            granularity=cast("Granularity", self.granularity),
+            bounds=bounds,
+            data=_anchored(self.data),
+            weights=_absolute(self.weights),
+            sampler=None if self.strategy == "everything" else self.sampler or checks.DAMAGE,
+            strategy=self.strategy,
+            finetune=self.finetune,
+            top=TOP if self.top is None else self.top,
+            distil=self.distil,
+            recovery=self.recovery,
+            reports=parse_reports(self.report),
+            seed=self.seed,
+            workers=self.workers,
+            address=self.address,
+            gpus_per_trial=self.gpus_per_trial,
+            trial_timeout=self.trial_timeout,
+            storage=self.storage,
+        )
+
+
+def bounds_of(multiple: int, min_ratio: str, max_ratio: str, exclude: str) -> Bounds:
+    """Returns the bounds that options describe; see their help.
+
+    Raises:
+        ValueError: If one of them cannot be meant.
+    """
+    checks.check_count("--multiple", multiple, 1)
+    low, high = (parse_fraction(text, "a pruning ratio") for text in (min_ratio, max_ratio))
+    return Bounds(multiple=multiple, min_ratio=low, max_ratio=high, exclude=_names(exclude))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Returns what commas separate."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _anchored(data: str | None) -> str | None:
+    """Returns a data reference with its folder made absolute, so that any folder can resume."""
+    kind, colon, path = (data or "").partition(":")
+    return f"{kind}:{Path(path).resolve()}" if colon and Path(path).is_dir() else data
+
+
+def _absolute(weights: str | None) -> str | None:
+    """Returns the path of weights made absolute; a library's own have a name and no path."""
+    return str(Path(weights).resolve()) if weights and Path(weights).is_file() else weights
