@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,63 +12,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from paretoprune.surgery.labels import Labels, Unions, compressed
+from paretoprune.surgery.notes import MacsTerm, Number, Piece
 from paretoprune.surgery.program import BatchSize, Node, Program, Ref, Shape, resolve_target
 from paretoprune.surgery.rules import RULES
 
 Value = Labels | tuple[Labels, ...] | None
 _PARTS = {"chunk", "split", "split_with_sizes"}
-
-
-@dataclass(frozen=True)
-class MacsTerm:
-    """MACs of one operator: `coefficient` times the number of kept positions of each factor.
-
-    Attributes:
-        node: Name of the operator's node.
-        coefficient: MACs for one kept position of every factor, for one example.
-        factors: Labels along the axes that surgery may shorten.
-    """
-
-    node: str
-    coefficient: float
-    factors: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number in the code of a module that counts channels.
-
-    Attributes:
-        module: Qualified name.
-        value: The number.
-        ids: Labels of the positions that it counts, shape (value, anything): a position stays
-            when any of its labels does.
-    """
-
-    module: str
-    value: int
-    ids: Tensor
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The part of a parameter that an operand is: one of several along an axis.
-
-    Attributes:
-        node: What cuts the parameter.
-        axis: The parameter's axis that is cut.
-        dim: The dim of the value that is cut.
-        stops: The boundaries.
-        index: Which part it is.
-    """
-
-    node: Node
-    axis: int
-    dim: int
-    stops: tuple[int, ...]
-    index: int
-
-
 _MOVES_AXES = {
     "t": True,
     "numpy_T": True,

@@ -14,7 +14,8 @@ def described() -> dict[str, str]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"CPU {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+        cores = len(os.sched_getaffinity(0))
+        device = f"CPU {platform.machine()}, {cores} {'core' if cores == 1 else 'cores'}"
     return {
         "device": device,
         "torch": version("torch"),

@@ -25,7 +25,8 @@ from paretoprune.surgery.rules.base import Result, argument
 from paretoprune.surgery.rules.pointwise import meet
 
 if TYPE_CHECKING:
-    from paretoprune.surgery.tracer import Piece, Tracer
+    from paretoprune.surgery.notes import Piece
+    from paretoprune.surgery.tracer import Tracer
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
