@@ -108,6 +108,19 @@ def check_address(address: str | None, workers: int | None) -> None:
     reach(address)
 
 
+def check_gpus(gpus_per_trial: float | None) -> None:
+    """Verifies that this machine has the GPUs that each evaluation may take.
+
+    Raises:
+        ValueError: If it has fewer.
+    """
+    there = torch.cuda.device_count()
+    if gpus_per_trial is not None and gpus_per_trial > there:
+        raise ValueError(
+            f"every trial is to have {gpus_per_trial:g} GPUs, but this machine has {there}."
+        )
+
+
 def check_workers(
     workers: int | None, gpus_per_trial: float | None, trial_timeout: float | None
 ) -> None:

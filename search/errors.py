@@ -20,6 +20,10 @@ class StoreFailed(RuntimeError):
     """The study of a run cannot be opened, read or written; what it has is intact."""
 
 
+class WorkersFailed(RuntimeError):
+    """No worker can evaluate anything; the reason is the same for all."""
+
+
 class SearchInterrupted(KeyboardInterrupt):
     """The search was interrupted by Ctrl-C and can be resumed; nothing finished is lost.
 

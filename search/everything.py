@@ -17,7 +17,7 @@ further within the step, but with the best of the front at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,10 +38,10 @@ from paretoprune.search.candidate import Candidate
 from paretoprune.search.errors import SearchStuck
 from paretoprune.search.evaluation import Moved, give_back_memory, on_device
 from paretoprune.search.finetuning import Finetuning, forget_training, train_and_keep
-from paretoprune.search.ledger import Task, key_of
+from paretoprune.search.ledger import Ledger, Task, key_of
 from paretoprune.search.metrics import device_of, evaluate
 from paretoprune.search.problem import Problem
-from paretoprune.search.record import LAYER, NEURONS, Completed, Outcome, Record
+from paretoprune.search.record import LAYER, NEURONS, Completed, Failed, Outcome, Record
 from paretoprune.search.weights import RECOVERED, Weights
 from paretoprune.surgery import (
     InfeasibleBudget,
@@ -251,9 +251,23 @@ class Everything:
             for opened in self._queue:  # a driver that died left them behind, in this order
                 asked = self._study.ask()
                 assert asked.number == opened.number
+            if not self._queue and self._all_failed:  # what made them fail may be mended
+                again = [replace(one, number=self._study.ask().number) for one in self._step]
+                self._begin(again)
             if self._queue:
                 return
             self._decide()
+
+    @property
+    def _all_failed(self) -> bool:
+        outcomes = [self._records[one.number].outcome for one in self._step]
+        return all(isinstance(outcome, Failed) for outcome in outcomes)
+
+    def forget_failures(self, ledger: Ledger) -> None:
+        """Deletes what a ledger has of candidates that failed and are tried again."""
+        for one in self._queue:
+            if isinstance(ledger.read(key_of(one.plan)), Failed):
+                ledger.forget(key_of(one.plan))
 
     @property
     def done(self) -> bool:
@@ -284,7 +298,8 @@ class Everything:
         opened = next(one for one in self._step if key_of(one.plan) == task.key)
         cost = self._graph.cost(opened.plan)
         record = Record(opened.number, opened.candidate, opened.plan, cost, outcome, opened.origin)
-        forget_training(self._weights, opened.plan, RECOVERED)
+        if isinstance(outcome, Completed):  # one that failed goes on there when it is tried again
+            forget_training(self._weights, opened.plan, RECOVERED)
         self._study.tell(record)
         self._records[record.number] = record
         self._notify(record)
@@ -315,15 +330,20 @@ class Everything:
                 f"nothing can be removed any more at {macs:,} MACs, above the target of "
                 f"{self._target:,}."
             )
+        step = []
         for origin, plan in plans.items():
             candidate = Candidate(
                 criterion=self._criterion[0],
                 budget=self._graph.cost(plan).macs / self._graph.cost().macs,
                 removed=plan.removed,
             )
-            self._step.append(_Open(self._study.ask().number, origin, candidate, plan))
-        self._study.note(f"step/{self._steps}", [one.to_json() for one in self._step])
-        self._queue = [*self._step]
+            step.append(_Open(self._study.ask().number, origin, candidate, plan))
+        self._begin(step)
+
+    def _begin(self, step: list[_Open]) -> None:
+        """Notes a step before its candidates are evaluated."""
+        self._study.note(f"step/{self._steps}", [one.to_json() for one in step])
+        self._step, self._queue = step, [*step]
 
     def _candidates(self) -> Iterator[tuple[str, PruningPlan]]:
         """Yields what may leave the parent: a layer, and neurons of about as many MACs."""

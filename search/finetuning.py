@@ -265,5 +265,6 @@ class FinetuningTasks:
                 "the fine-tuned weights are on another machine; on a cluster all nodes need the "
                 "run's folder under the same path."
             )
-        forget_training(self._weights, task.plan, FINETUNED)
+        if isinstance(outcome, Completed):  # one that failed goes on there when it is tried again
+            forget_training(self._weights, task.plan, FINETUNED)
         self._notify(replace(self._waiting.pop(task.key), finetuned=outcome))

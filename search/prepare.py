@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from paretoprune.criteria import UNBOUNDED, Bounds, Criterion, SharedCalibration
+from paretoprune.criteria import UNBOUNDED, Bounds, Criterion, SharedCalibration, fingerprint
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import check_reachable
 from paretoprune.search.damage import DamageModel
@@ -184,6 +184,7 @@ def _info(
 ) -> SearchInfo:
     """Returns what the study notes of the search, or notes what is measured now."""
     noted = study.notes.get("search")
+    weights = fingerprint.of_model(problem.model)
     if noted is None:
         progress("loss and accuracy of the dense network", 0, 0)
         metrics = evaluate(model, problem.validation, problem.loss)
@@ -192,9 +193,10 @@ def _info(
             metrics["latency"] = dense_latency()
         info = _measured(problem, model, graph, space, request, metrics)
     else:
-        _check_same(space, request, study)
+        _check_same(space, request, study, weights)
         info = SearchInfo.from_json(noted, tuple(study.records()))
     info = replace(info, trials=request.trials)
+    study.note("weights", weights)
     study.note("space", dict(space))
     study.note("search", info.to_json())
     return info
@@ -222,7 +224,7 @@ def _measured(
     )
 
 
-def _check_same(space: Mapping[str, Any], request: Request, study: Study) -> None:
+def _check_same(space: Mapping[str, Any], request: Request, study: Study, weights: str) -> None:
     """Verifies that a resumed run searches what it searched before."""
     older = {"granularity": "group", "bounds": UNBOUNDED.to_json()}  # where it is not noted
     before, now = older | study.notes["space"], space
@@ -230,9 +232,11 @@ def _check_same(space: Mapping[str, Any], request: Request, study: Study) -> Non
     changed = [key for key in now if now[key] != before.get(key)]
     if names != list(request.objectives):
         changed.append("objectives")
+    if study.notes.get("weights", weights) != weights:  # older runs do not note them
+        changed.append("weights")
     if changed:
         raise ValueError(
             f"this run holds a search with other settings ({', '.join(changed)} differ); start a "
-            f"new run, or resume it with the same network, target, criteria, objectives, "
-            f"granularity and bounds."
+            f"new run, or resume it with the same network and weights, target, criteria, "
+            f"objectives, granularity and bounds."
         )

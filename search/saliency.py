@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from paretoprune.criteria import CostClass, Criterion, SharedCalibration, block_saliency
 from paretoprune.criteria import fingerprint as fingerprints
+from paretoprune.criteria.drafts import drafted, remove_dead_drafts
 from paretoprune.search.metrics import evaluate
 from paretoprune.search.problem import Batch
 from paretoprune.surgery import PruningGraph, PruningPlan, prune
@@ -64,6 +65,7 @@ def saliencies(
         folder: Holds a file per criterion; made if it is not there.
         progress: Told how far each is.
     """
+    remove_dead_drafts(folder)
     calibration.progress = partial(progress, "reading calibration data")
     shared = _shared_part(model, graph, calibration)
     files = {
@@ -155,13 +157,10 @@ def _load(file: Path, graph: PruningGraph) -> Found | None:
 def _save(file: Path, found: Found) -> None:
     units, blocks = found
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".draft")
-    save_file(
-        {f"unit/{name}": values for name, values in units.items()}
-        | {f"block/{name}": torch.tensor(value).double() for name, value in blocks.items()},
-        draft,
-    )
-    draft.replace(file)
+    tensors = {f"unit/{name}": values for name, values in units.items()}
+    tensors |= {f"block/{name}": torch.tensor(value).double() for name, value in blocks.items()}
+    with drafted(file) as draft:  # of its own: searches that share the folder may save at once
+        save_file(tensors, draft)
 
 
 def _first(batches: Iterable[Batch], examples: int) -> list[Batch]:

@@ -134,8 +134,10 @@ class Stages:
                 finished=finished,
                 bounds=self.request.bounds,
             )
+            ledger = self._ledger(EVALUATIONS)
+            tasks.forget_failures(ledger)
             evaluate = CandidateStep(self.problem.sent, graph, weights, self.finetunes)
-            return Stage(tasks, evaluate, self._ledger(EVALUATIONS), most=2)
+            return Stage(tasks, evaluate, ledger, most=2)
 
         return info, stage
 

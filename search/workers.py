@@ -29,6 +29,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher as TuneSearcher
 
 from paretoprune.search.deadline import deadline
+from paretoprune.search.errors import WorkersFailed
 from paretoprune.search.evaluation import Evaluate, one_line
 from paretoprune.search.ledger import Ledger, Task
 from paretoprune.search.record import Failed, outcome_from_json, outcome_to_json
@@ -192,7 +193,7 @@ class _TuneSearch(TuneSearcher):
         self._failures[trial.trial_id] = one_line(error)
         if isinstance(error, RayActorError) and error.actor_init_failed:
             reason = str(error).strip().splitlines()[-1]  # where Ray puts what the actor raised
-            self._error = RuntimeError(f"the workers cannot start: {reason}")
+            self._error = WorkersFailed(f"the workers cannot start: {reason}")
             raise self._error
 
     def _own(self, step: Callable[[], T]) -> T:
@@ -323,6 +324,13 @@ def _package() -> Iterator[str]:
         yield str(whole)
 
 
+def _cores() -> int:
+    """Returns the cores that this process may use; all of them where that cannot be told."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def _connection(address: str | None, workers: int | None) -> Iterator[None]:
     """Connects to Ray and leaves it again, unless the caller is connected already."""
@@ -330,7 +338,7 @@ def _connection(address: str | None, workers: int | None) -> Iterator[None]:
         yield
         return
     if address is None:  # "local" always: a bare init attaches to whatever cluster ran here last
-        cores = len(os.sched_getaffinity(0))
+        cores = _cores()
         ray.init(
             address="local",
             num_cpus=max(cores, workers or 0),

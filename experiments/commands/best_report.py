@@ -42,9 +42,10 @@ def report_best(
         progress: Told the stages, and how far each is.
     """
     file = folder / FILE
-    what = {"trial": record.number, "reports": list(names), "finetuned": record.finetuned_metrics}
+    finetuned = dict(record.finetuned_metrics)
+    what = {"trial": record.number, "reports": list(names), "finetuned": finetuned}
     before = json.loads(file.read_text()) if file.exists() else {}
-    if {name: before.get(name) for name in what} == json.loads(json.dumps(what)):
+    if {name: before.get(name) for name in what} == what:
         return dict(before["metrics"])
     graph = trace(problem.model, problem.example_inputs)
     weights = Weights.of_run(folder)

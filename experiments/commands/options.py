@@ -9,6 +9,7 @@ from typing import cast
 from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.runs import RunSpec
+from paretoprune.experiments.tracking.store import anchored
 from paretoprune.experiments.units import parse_flops, parse_fraction
 from paretoprune.search import checks
 from paretoprune.search.loop import DEFAULTS
@@ -70,6 +71,8 @@ class SearchOptions:
         checks.check_count("--seed", self.seed, 0)
         checks.check_count("--workers", self.workers or 0, 0)
         checks.check_workers(self.workers, self.gpus_per_trial, self.trial_timeout)
+        if self.address is None:
+            checks.check_gpus(self.gpus_per_trial)
         checks.check_count("--finetune", self.finetune, 0)
         checks.check_count("--top", TOP if self.top is None else self.top, 1)
         checks.check_count("--recovery", self.recovery, 0)
@@ -102,7 +105,7 @@ class SearchOptions:
             address=self.address,
             gpus_per_trial=self.gpus_per_trial,
             trial_timeout=self.trial_timeout,
-            storage=self.storage,
+            storage=None if self.storage is None else anchored(self.storage),
         )
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paretoprune.experiments.commands.stages import Stages, clock_time
-from paretoprune.experiments.showing.tables import Row, front_table, handed_out_accuracy
+from paretoprune.experiments.showing.tables import Row, front_table, handed_out
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import (
@@ -261,11 +261,11 @@ def _best_row(view: SearchView) -> Row | None:
 
 
 def _result(row: Row) -> str:
-    accuracy, words = handed_out_accuracy(row)
-    if accuracy is not None:
-        quality = f"accuracy {format_percent(accuracy, 2)}{words}"
-    else:
-        quality = f"loss {row.loss:.4f}"
+    accuracy, words = handed_out(row, "accuracy")
+    quality = "" if accuracy is None else f"accuracy {format_percent(accuracy, 2)}{words}"
+    if accuracy is None:
+        loss, words = handed_out(row, "loss")
+        quality = f"loss {loss:.4f}{words}"
     return f"{quality} at {format_percent(row.macs_ratio)} of the MACs"
 
 

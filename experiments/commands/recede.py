@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import typer
-from safetensors.torch import save_file
 
 from paretoprune.criteria.receding import Receding, is_receded, recede
 from paretoprune.experiments.commands.progress import long_step, progress_console
@@ -20,6 +19,7 @@ from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Batch
+from paretoprune.search.weights import write_weights
 from paretoprune.surgery import trace
 
 
@@ -66,7 +66,7 @@ def recede_network(
             progress=told.tell,
         )
     assert is_receded(receded), "what is converted back has bounded scales and no shifts"
-    save_file({name: t.cpu().contiguous() for name, t in receded.state_dict().items()}, to)
+    write_weights(receded, to)
     checkpoint.unlink(missing_ok=True)
     for name, each in (("before", network), ("receded", receded)):
         measured = evaluate(each, problem.validation, problem.loss)

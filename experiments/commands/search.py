@@ -56,6 +56,8 @@ def search(
     spec = options.checked()
     if run is not None:
         runs.check_name(runs_dir, run)
+    if spec.storage is not None:
+        _check_unused(spec.storage)
     problem = problem_of(spec, quiet)
     check_reports(spec.reports, problem)
     with long_step(progress_console(), f"Tracing {spec.model}", quiet=quiet):
@@ -72,6 +74,18 @@ def search(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return name
+
+
+def _check_unused(storage: str) -> None:
+    """Verifies that a database holds no search; another one would take its trials for its own."""
+    try:
+        found = read_run(Path(), storage)
+    except ValueError:
+        return
+    raise ValueError(
+        f"the database of --storage holds a search of {found.problem} with {len(found.records)} "
+        f"trials already; continue that one with `paretoprune resume`, or name another database."
+    )
 
 
 def _has_begun(folder: Path, spec: RunSpec) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paretoprune.experiments.showing.tables import Row, handed_out_accuracy, pruning_ratios
+from paretoprune.experiments.showing.tables import Row, handed_out, pruning_ratios
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Failed, Infeasible, Stopped
@@ -21,12 +21,13 @@ def headline(view: SearchView) -> str:
 
 def _beside(row: Row, view: SearchView) -> str:
     dense = view.dense_metrics
-    best, words = handed_out_accuracy(row)
+    best, words = handed_out(row, "accuracy")
     if best is not None and "accuracy" in dense:
         accuracy = f"accuracy {format_percent(best, 2)} on the search split{words}"
         return f", {accuracy} (dense {format_percent(dense['accuracy'], 2)})"
-    if row.loss is not None and "loss" in dense:
-        return f", loss {row.loss:.4f} on the search split (dense {dense['loss']:.4f})"
+    best, words = handed_out(row, "loss")
+    if best is not None and "loss" in dense:
+        return f", loss {best:.4f} on the search split{words} (dense {dense['loss']:.4f})"
     return ""
 
 

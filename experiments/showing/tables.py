@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -217,16 +218,17 @@ def kept_units(
     }
 
 
-def handed_out_accuracy(row: Row) -> tuple[float | None, str]:
-    """Returns the accuracy of the network that is handed out, and what it is in words.
+def handed_out(row: Row, quality: Literal["loss", "accuracy"]) -> tuple[float | None, str]:
+    """Returns loss or accuracy of the network that is handed out, and what it is in words.
 
-    The words are empty where it was not fine-tuned. None where accuracy was not measured.
+    The words are empty where it was not fine-tuned. None where that was not measured.
     """
+    before = dict(zip(("loss", "accuracy"), _before(row), strict=True))
     if row.finetuning_taken is None:
-        return row.accuracy, ""
+        return getattr(row, quality), ""
     if row.finetuning_taken:
-        return row.finetuned_accuracy, " after fine-tuning"
-    return _before(row)[1], " before fine-tuning (worse after it)"
+        return getattr(row, f"finetuned_{quality}"), " after fine-tuning"
+    return before[quality], " before fine-tuning (worse after it)"
 
 
 def _before(row: Row) -> tuple[float | None, float | None]:

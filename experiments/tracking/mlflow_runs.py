@@ -368,16 +368,18 @@ def register_export(
     for key, value in metrics.items():
         client.log_metric(run_id, key, round(value, 6))
     name = place.name.replace(":", "-").replace("/", "-")  # MLflow's own separators
-    with _tracking_to(place.uri), mlflow.start_run(run_id=run_id), _silenced():
-        logged = mlflow.pytorch.log_model(
-            model,
-            name="exported",
-            input_example=example.cpu().numpy(),
-            pip_requirements=[f"torch=={version('torch')}"],  # inferring them takes ten seconds
-            registered_model_name=name,
-        )
-    info = found[0].info  # the model is no part of the time that the trial took
-    client.set_terminated(run_id, info.status, info.end_time)
+    info = found[0].info
+    try:
+        with _tracking_to(place.uri), mlflow.start_run(run_id=run_id), _silenced():
+            logged = mlflow.pytorch.log_model(
+                model,
+                name="exported",
+                input_example=example.cpu().numpy(),
+                pip_requirements=[f"torch=={version('torch')}"],  # inferring takes ten seconds
+                registered_model_name=name,
+            )
+    finally:  # the model is no part of how the trial ended, nor of the time that it took
+        client.set_terminated(run_id, info.status, info.end_time)
     version_number = logged.registered_model_version
     client.update_model_version(name, version_number, about)
     client.set_registered_model_alias(name, "exported", version_number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -25,6 +26,10 @@ from paretoprune.experiments.tracking.saved_view import front_link, view_link
 _HOST = "127.0.0.1"
 _START_SECONDS = 120.0
 _END_SECONDS = 3.0
+
+
+class ServerFailed(RuntimeError):
+    """MLflow's server does not come up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +97,21 @@ def _check_database(uri: str, name: str) -> None:
 
 
 def check_port(port: int) -> None:
-    """Verifies that a port is free.
+    """Verifies that a port can be listened on.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it cannot.
     """
+    if not 1 <= port <= 65_535:
+        raise ValueError(f"a port is a number from 1 to 65535, but got {port}.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((_HOST, port))
         except OSError as error:
-            raise ValueError(f"port {port} is in use; choose another with --port.") from error
+            used = error.errno == errno.EADDRINUSE
+            reason = "is in use" if used else f"cannot be used ({error.strerror})"
+            raise ValueError(f"port {port} {reason}; choose another with --port.") from error
 
 
 def point_to(found: Tracked, *, browse: bool, say: Callable[[str], None]) -> None:
@@ -123,7 +132,7 @@ def serve(found: Tracked, port: int, *, browse: bool, say: Callable[[str], None]
 
     Raises:
         ValueError: If the port is in use.
-        RuntimeError: If the server does not start.
+        ServerFailed: If the server does not start.
     """
     check_port(port)
     server = f"http://{_HOST}:{port}"
@@ -182,9 +191,9 @@ def _wait_until_up(process: subprocess.Popen[bytes], health: str, log: Path) -> 
     while time.monotonic() < end:
         if process.poll() is not None:
             lines = log.read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(f"the MLflow server did not start: {(lines or ['no reason'])[-1]}")
+            raise ServerFailed(f"the MLflow server did not start: {(lines or ['no reason'])[-1]}")
         with contextlib.suppress(urllib.error.URLError, OSError):
             urllib.request.urlopen(health, timeout=5).close()
             return
         time.sleep(0.3)
-    raise RuntimeError(f"the MLflow server did not answer within {_START_SECONDS:.0f} s.")
+    raise ServerFailed(f"the MLflow server did not answer within {_START_SECONDS:.0f} s.")

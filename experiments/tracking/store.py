@@ -21,12 +21,33 @@ class Store:
 
 
 def store_of(runs_dir: Path) -> Store:
-    """Returns the store of `MLFLOW_TRACKING_URI` if that is set, else SQLite in `runs_dir`."""
+    """Returns the store of `MLFLOW_TRACKING_URI` if that is set, else SQLite in `runs_dir`.
+
+    A relative one is made absolute, because the server of `paretoprune ui` runs elsewhere.
+    """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return Store(uri)
+        return Store(_anchored_folder(anchored(uri)))
     folder = runs_dir.resolve()
     return Store(f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlartifacts").as_uri())
+
+
+def anchored(url: str) -> str:
+    """Returns the URL of a database with the path of a SQLite file made absolute."""
+    scheme, _, path = url.partition(":///")
+    if scheme.split("+")[0] == "sqlite" and path and not path.startswith((":", "file:")):
+        return f"{scheme}:///{Path(path).resolve()}"
+    return url
+
+
+def _anchored_folder(uri: str) -> str:
+    """Returns a tracking URI with the path of a folder made absolute."""
+    kind, colon, path = uri.partition(":")
+    if colon and (kind != "file" or path.startswith("/")):
+        return uri
+    if not colon and uri.startswith(("databricks", "uc")):  # words that MLflow knows
+        return uri
+    return Path(path if colon else uri).resolve().as_uri()
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,8 @@ class MlflowListener:
         if isinstance(record.outcome, Completed):  # no other can change the front
             self._search.mark(front)
             if record.finetuned is None:
-                self._search.add_progress([(record.number, front.hypervolume)], view)
+                latest = max(each.number for each in view.records)  # of those that overtake others
+                self._search.add_progress([(latest, front.hypervolume)], view)
         begin = time.monotonic()
         if begin > self._redraw and front.records:
             self._search.draw(view, self._run_dir.name)

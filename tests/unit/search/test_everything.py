@@ -215,6 +215,10 @@ def test_candidates_that_fail_leave_the_step_to_the_other(
     with pytest.raises(SearchStuck, match=r"no candidate of step 3 could be evaluated: .*made to"):
         run(problem, tmp_path, trials=8)
     assert len(read_run(tmp_path).records) == 6
+    failing.clear()  # what made them fail is mended: the step is tried again under new numbers
+    records = run(problem, tmp_path, trials=8)
+    assert [isinstance(one.outcome, Failed) for one in records[4:]] == [True, True, False, False]
+    assert [one.plan for one in records[4:6]] == [one.plan for one in records[6:8]]
 
 
 def test_a_network_that_has_nothing_left_is_told(

@@ -201,9 +201,10 @@ def test_runs_that_noted_less_are_read(problem: Problem, tmp_path: Path) -> None
 
 
 class Unreadable:
-    """Training data that cannot be read the first time."""
+    """Training data that cannot be read for more than one epoch the first time."""
 
     broken = True
+    left = 1
 
     def __init__(self, batches: list[Batch]) -> None:
         self._batches = batches
@@ -212,8 +213,9 @@ class Unreadable:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        if Unreadable.broken:
+        if Unreadable.broken and not Unreadable.left:
             raise OSError("the disk is gone")
+        Unreadable.left -= 1
         return iter(self._batches)
 
 
@@ -228,7 +230,7 @@ def test_what_failed_is_tried_again_by_the_next_driver(
     def killed(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    Unreadable.broken = True
+    Unreadable.broken, Unreadable.left = True, 1
     with monkeypatch.context() as patched:
         if not told:
             patched.setattr(stage.FinetuningTasks, "tell", killed)
@@ -237,12 +239,13 @@ def test_what_failed_is_tried_again_by_the_next_driver(
             assert failed == Failed("OSError: the disk is gone")
         except SearchInterrupted:
             assert not told
+    assert [*(tmp_path / "weights").glob("*.part")]  # the epoch that was done is kept
     Unreadable.broken = False
     front = again()
     (done,) = (one for one in front.records if one.finetuned is not None)
     assert isinstance(done.finetuned, Completed)
     assert done in read_run(tmp_path).records
-    Unreadable.broken = True
+    Unreadable.broken, Unreadable.left = True, 0
     assert again() == front  # and what is done is not done again
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -179,6 +180,15 @@ def test_a_run_is_resumed_with_its_own_settings(
     run(problem, tmp_path, Notes(), 2)
     with pytest.raises(ValueError, match=message):
         run(problem, tmp_path, Notes(), 3, **changed)
+
+
+def test_a_run_is_resumed_with_its_own_weights(problem: Problem, tmp_path: Path) -> None:
+    run(problem, tmp_path, Notes(), 2)
+    other = copy.deepcopy(problem.model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    with pytest.raises(ValueError, match=r"other settings \(weights differ\)"):
+        run(replace(problem, model=other), tmp_path, Notes(), 3)
 
 
 def test_a_run_has_one_driver(problem: Problem, tmp_path: Path) -> None:

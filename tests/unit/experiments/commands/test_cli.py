@@ -19,7 +19,7 @@ from paretoprune.experiments.cli.app import app
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.runs import RunSpec, create_run
 from paretoprune.experiments.tracking.saved_view import front_link, view_link
-from paretoprune.experiments.tracking.server import tracked
+from paretoprune.experiments.tracking.server import check_port, tracked
 
 COMMANDS = (
     "inspect", "search", "resume", "front", "ui", "export", "criteria", "compare", "bottlenecks",
@@ -179,6 +179,10 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         "an evaluation in this process cannot be stopped",
     ),
     "one and a half GPUs": ([*SEARCH, "--flops", "50%", "--gpus-per-trial", "1.5"], "but got 1.5"),
+    "more GPUs than there are": (
+        [*SEARCH, "--flops", "50%", "--gpus-per-trial", "64"],
+        "every trial is to have 64 GPUs, but this machine has ",
+    ),
     "a database that does not answer": (
         [*SEARCH, "--flops", "50%", "--storage", "postgresql://me:secret@127.0.0.1:9/study"],
         "the study in postgresql://me:***@127.0.0.1:9/study cannot be used (",
@@ -348,6 +352,26 @@ def test_the_ui_needs_a_free_port(capsys: pytest.CaptureFixture[str]) -> None:
         port = other.getsockname()[1]
         assert main(["ui", "--port", str(port)]) == 2
     assert f"port {port} is in use; choose another with --port" in capsys.readouterr().err
+
+
+def test_no_server_can_listen_on_a_port_beyond_the_last() -> None:
+    with pytest.raises(ValueError, match="a port is a number from 1 to 65535, but got 70000"):
+        check_port(70_000)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_server_that_does_not_start_is_said_in_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("broken.db").write_text("no database")
+    Path("runs/taken/mlflow.json").write_text(
+        json.dumps({"uri": "sqlite:///broken.db", "experiment": "1", "run": "abc"})
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert main(["ui", "--port", str(port)]) == 2
+    assert "error: the MLflow server did not start: " in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("here")

@@ -17,6 +17,7 @@ from paretoprune.experiments.commands.progress import (
     results_console,
 )
 from paretoprune.experiments.commands.stages import Stages, clock_time
+from paretoprune.experiments.showing.summary import headline
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import Completed, ParetoFront, SearchInfo
 from paretoprune.search.record import LAYER
@@ -100,6 +101,21 @@ def test_a_fine_tuning_that_made_it_worse_is_told(view: SearchView) -> None:
     line = out.getvalue().splitlines()[-1]
     assert "trial 1 is fine-tuned, but worse than before: not taken" in line
     assert "best trial 1: accuracy 96.00 % before fine-tuning (worse after it) at" in line
+
+
+def test_loss_is_that_of_the_network_that_is_handed_out(made_up: type[MadeUp]) -> None:
+    record = made_up.completed(0, 0.6, 500_000)
+    metrics = {"loss": 0.2, "loss_before": 0.5, "epochs": 5.0, "taken": 1.0}
+    assert isinstance(record.outcome, Completed)
+    known = {k: v for k, v in record.outcome.metrics.items() if k != "accuracy"}
+    record = replace(record, outcome=Completed(known, 1.0), finetuned=Completed(metrics, 9.0))
+    target, out = console(terminal=False, width=200)
+    view = made_up.view(record)
+    play(SearchProgress(target), view)
+    assert "best trial 0: loss 0.2000 after fine-tuning at" in out.getvalue().splitlines()[-1]
+    assert ", loss 0.2000 on the search split after fine-tuning (" in headline(
+        replace(view, dense_metrics={"loss": 0.1})
+    )
 
 
 def test_a_failure_that_repeats_is_said_once(view: SearchView) -> None:

@@ -159,6 +159,7 @@ def test_a_search_reports_on_its_best_network(
     untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--flops", "60%", "--trials", "2", "--report", "robustness,energy"]
+    options += ["--finetune", "1", "--top", "1"]
     assert search(untrained, tmp_path, "told", *options) == 0
     shown = capsys.readouterr().out
     assert "robust   FGSM 8/255" in shown
@@ -175,3 +176,24 @@ def test_a_search_reports_on_its_best_network(
     assert main(["resume", "told", "--runs-dir", str(tmp_path), "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reports"] == metrics
     assert file.stat().st_mtime_ns == before  # the same network is not measured again
+
+
+def test_a_database_holds_one_search(
+    untrained: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ("--flops", "60%", "--trials", "2", "--storage", "sqlite:///trials.db")
+    assert search(untrained, tmp_path, "first", *options) == 0
+    assert search(untrained, tmp_path, "second", *options) == 2
+    said = capsys.readouterr().err
+    assert "the database of --storage holds a search of digits with 2 trials already" in said
+    assert not (tmp_path / "second").exists()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a relative path is that of where it was given
+    capsys.readouterr()
+    assert main(["resume", "first", "--runs-dir", str(tmp_path), "--quiet", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["front"]) >= 1
+    assert not list((tmp_path / "elsewhere").iterdir())

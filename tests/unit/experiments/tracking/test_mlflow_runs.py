@@ -298,6 +298,17 @@ def test_the_default_store_lies_with_the_runs(
     assert store.artifacts == f"file://{tmp_path}/mlartifacts"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
     assert store_of(tmp_path) == Store("http://server")
+    monkeypatch.chdir(tmp_path)  # the server of the UI runs in another folder
+    for given, found in {
+        "sqlite:///mine.db": f"sqlite:///{tmp_path}/mine.db",
+        "sqlite:////mine.db": "sqlite:////mine.db",
+        "./mlruns": f"file://{tmp_path}/mlruns",
+        "file:mlruns": f"file://{tmp_path}/mlruns",
+        "file:///mlruns": "file:///mlruns",
+        "databricks": "databricks",
+    }.items():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        assert store_of(tmp_path) == Store(found)
 
 
 @pytest.mark.usefixtures("undrawn")
