@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map_only
 
 from paretoprune.criteria import fingerprint
 from paretoprune.criteria.checkpoint import Checkpoint
@@ -181,7 +182,6 @@ class _Run:
         steps: int,
     ) -> None:
         self.device = device_of(model)
-        self._mixed = mixed_precision(self.device)
         self._network = copy.deepcopy(model).train()
         self._training = training
         self._loss = loss
@@ -212,11 +212,10 @@ class _Run:
         for inputs, targets in drawn:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._training.learning_rate * self._rate(step)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
-                outputs = forward(self._network, inputs)
-                value = self._loss(inputs, outputs, targets.to(self.device))
-                if self._penalty is not None:
-                    value = value + self._penalty(self._network)
+            outputs = _mixed(self._network, inputs, self.device)
+            value = self._loss(inputs, outputs, targets.to(self.device))
+            if self._penalty is not None:
+                value = value + self._penalty(self._network)
             self.optimizer.zero_grad()
             value.backward()
             self.optimizer.step()
@@ -241,6 +240,18 @@ class _Run:
         return network.eval()
 
 
+def _mixed(network: nn.Module, inputs: Any, device: torch.device) -> Any:
+    """Returns the outputs of a network, computed in bfloat16 where the device can.
+
+    They are float32: some losses are undefined under autocast, and a sum in bfloat16 is coarse.
+    """
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device)):
+        outputs = forward(network, inputs)
+    return tree_map_only(
+        Tensor, lambda leaf: leaf.float() if leaf.dtype is torch.bfloat16 else leaf, outputs
+    )
+
+
 def _loss(
     training: Training, loss: Loss | None, teacher: nn.Module | None
 ) -> Callable[[Any, Any, Tensor], Tensor]:
@@ -253,7 +264,7 @@ def _loss(
 
     def distilled(inputs: Any, outputs: Any, targets: Tensor) -> Tensor:
         with torch.no_grad():
-            taught = forward(wise, inputs)
+            taught = _mixed(wise, inputs, device_of(wise))
         value = weight * distillation_loss(outputs, taught, training.temperature)
         return value if weight == 1 else value + (1 - weight) * own(outputs, targets)
 
@@ -268,8 +279,8 @@ def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Te
         taught: Logits of the teacher, likewise.
         temperature: T.
     """
-    student = F.log_softmax(outputs.float() / temperature, 1)
-    wise = F.log_softmax(taught.float() / temperature, 1)
+    student = F.log_softmax(outputs / temperature, 1)
+    wise = F.log_softmax(taught / temperature, 1)
     return temperature**2 * (wise.exp() * (wise - student)).sum(1).mean()
 
 

@@ -51,11 +51,11 @@ def main() -> None:
     names = [name for name in names if re.search(options.only, name)]
     out = options.out or RESULTS / f"coverage-{options.source}.csv"
     with out.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*FIELDS, *described()])
+        writer = csv.DictWriter(stream, [*FIELDS, *described(on_cpu=True)])
         writer.writeheader()
         for index, name in enumerate(names, 1):
             row = in_own_process(f"{options.source}:{name}", options.seconds)
-            writer.writerow({**row, **described()})
+            writer.writerow({**row, **described(on_cpu=True)})
             stream.flush()
             print(f"[{index}/{len(names)}]", *(f"{k}={v}" for k, v in row.items()), flush=True)
 

@@ -300,7 +300,7 @@ def costs() -> Iterator[Row]:
             **{f"{criterion}_ratio": round(each / base, 2) for criterion, each in seconds.items()},
         }
         print(measured, flush=True)
-        yield {**measured, **described()}
+        yield {**measured, **described(on_cpu=True)}
 
 
 def _score(criterion: str, model: nn.Module, graph: PruningGraph, batch: Batch) -> None:

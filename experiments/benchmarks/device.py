@@ -9,9 +9,13 @@ from importlib.metadata import version
 import torch
 
 
-def described() -> dict[str, str]:
-    """Returns device and library versions, for the columns of a CSV."""
-    if torch.cuda.is_available():
+def described(*, on_cpu: bool = False) -> dict[str, str]:
+    """Returns device and library versions, for the columns of a CSV.
+
+    Args:
+        on_cpu: Whether all was measured on the CPU, even where there is a GPU.
+    """
+    if torch.cuda.is_available() and not on_cpu:
         device = torch.cuda.get_device_name()
     else:
         cores = len(os.sched_getaffinity(0))

@@ -29,8 +29,8 @@ CALIBRATED, BATCHES = 500, 50
 def fastnas(problem: Problem, flops: float, cache: Path) -> tuple[nn.Module, float]:
     """Returns the network that FastNAS finds for a FLOPs target, and the seconds it took.
 
-    Its sensitivities are measured once, kept in a file and shared by all targets; the seconds
-    count them every time.
+    Its sensitivities are measured once, kept in a file and shared by all targets: the seconds of
+    the first one have them, as those of our search have its saliencies.
 
     Args:
         problem: The dense network and its data.
@@ -40,8 +40,6 @@ def fastnas(problem: Problem, flops: float, cache: Path) -> tuple[nn.Module, flo
     import modelopt.torch.prune as mtp
 
     cache.parent.mkdir(parents=True, exist_ok=True)
-    clock = cache.with_suffix(".seconds")
-    before = float(clock.read_text()) if clock.exists() else 0.0
     start = time.perf_counter()
     scored = first_batches(problem.validation, SCORED)
     calibration = _small(first_batches(problem.recalibration or problem.calibration, CALIBRATED))
@@ -64,10 +62,8 @@ def fastnas(problem: Problem, flops: float, cache: Path) -> tuple[nn.Module, flo
         },
     )
     seconds = time.perf_counter() - start
-    if not before:
-        clock.write_text(str(seconds))
     network: nn.Module = found
-    return network.eval(), before + seconds
+    return network.eval(), seconds
 
 
 def _small(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:

@@ -53,7 +53,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = []
     for name in options.models.split(","):
-        rows.append({"model": name, **measure(name, options.repeats), **described()})
+        rows.append({"model": name, **measure(name, options.repeats), **described(on_cpu=True)})
         print(rows[-1], flush=True)
         with options.out.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(rows[0]))

@@ -180,8 +180,8 @@ def _tested(test: dict[str, float] | None, *, again: bool) -> str:
         return "No test split."
     beside = " and the robustness below" if again else ""
     return (
-        f"The test split, {test['examples']:,} examples that the search did not use, was read for "
-        f"this card alone: top-1 of both networks as written, in eval mode{beside}."
+        f"The test split, {test['examples']:,} examples that the search chose nothing by, was "
+        f"read for this card: top-1 of both networks as written, in eval mode{beside}."
     )
 
 

@@ -220,6 +220,7 @@ class Bench:
         name: str,
         *,
         rate: float | None = None,
+        decay: float = 5e-4,
         epochs: int | None = None,
         teacher: nn.Module | None = None,
         penalty: Callable[[nn.Module], Tensor] | None = None,
@@ -230,6 +231,7 @@ class Bench:
             network: Where training starts.
             name: Where it is kept.
             rate: Peak learning rate; None takes that of the options.
+            decay: Of the weights.
             epochs: None takes those of the options.
             teacher: Distilled, with a weight of 0.7.
             penalty: Added to the loss.
@@ -249,6 +251,7 @@ class Bench:
                 epochs=self.options.epochs if epochs is None else epochs,
                 learning_rate=self.options.learning_rate if rate is None else rate,
                 distillation=0.0 if teacher is None else 0.7,
+                weight_decay=decay,
                 warmup=0.05,
                 seed=self.seed,
             ),

@@ -38,6 +38,8 @@ from paretoprune.experiments.reproduce.common import (
 )
 from paretoprune.experiments.reproduce.common import parser as base_parser
 from paretoprune.search import Problem
+from paretoprune.search.evaluation import Moved, on_device
+from paretoprune.search.metrics import device_of
 from paretoprune.surgery import PruningGraph, PruningPlan, prune, trace
 
 EPOCHS = 100
@@ -86,8 +88,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _saliency(problem: Problem, graph: PruningGraph, method: str) -> dict[str, torch.Tensor]:
-    calibration = SharedCalibration(problem.calibration, problem.loss)
-    return dict(CRITERIA[method]()(problem.model, graph, calibration))
+    model = on_device(problem.model)
+    calibration = SharedCalibration(Moved(problem.calibration, device_of(model)), problem.loss)
+    found = CRITERIA[method]()(model, graph, calibration)
+    return {name: scores.cpu() for name, scores in found.items()}
 
 
 def _ratio(bench: Bench, method: str, reduction: float) -> Row:
@@ -116,8 +120,9 @@ def _time(blocks: int, width: int, method: str) -> Row:
     model = ResNet(blocks, widths, 3, 10).eval()
     graph = trace(model, torch.randn(2, 3, 32, 32))
     batches = [(torch.randn(64, 3, 32, 32), torch.randint(10, (64,))) for _ in range(4)]
+    problem = Problem(model, batches[0][0], batches, batches)
     start = time.perf_counter()
-    CRITERIA[method]()(model, graph, SharedCalibration(batches))
+    _saliency(problem, graph, method)
     return {
         "structures": sum(group.size for group in graph.open_groups),
         "params": graph.cost().params,

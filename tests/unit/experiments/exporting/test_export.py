@@ -107,7 +107,7 @@ def test_the_card_says_what_else_read_the_test_split(
     for name, ending in (("energy", "eval mode."), ("attacks", "mode and the robustness below.")):
         export(problem, record, tmp_path / name, reports=[name])
         card = (tmp_path / name / "README.md").read_text()
-        assert "was read for this card alone: top-1 of both networks" in card
+        assert "was read for this card: top-1 of both networks" in card
         assert ending in card
 
 
