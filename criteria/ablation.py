@@ -11,7 +11,8 @@ at most, or one structure's. The operators in front run once more for them and e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,36 +34,45 @@ _PASS = {"dropout", "flatten", "view", "reshape", "contiguous", "clone", "alias"
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """How much each structure changes the network, by the measures in `similarity.CHANGES`.
+    """How much each structure changes the network, by one measure.
 
     Attributes:
-        units: By measure, by open group, shape (group.size,), float64.
-        blocks: By measure, by block.
+        units: By open group, shape (group.size,), float64.
+        blocks: By block.
     """
 
-    units: Mapping[str, Mapping[str, Tensor]]
-    blocks: Mapping[str, Mapping[str, float]]
+    units: Mapping[str, Tensor]
+    blocks: Mapping[str, float]
 
 
 def changes(
-    model: nn.Module, graph: PruningGraph, calibration: SharedCalibration, images: int
-) -> Changes:
-    """Returns the changes by all measures; criteria that share the calibration share them.
+    model: nn.Module,
+    graph: PruningGraph,
+    calibration: SharedCalibration,
+    images: int,
+    measures: Iterable[str],
+) -> dict[str, Changes]:
+    """Returns the changes by each of some measures.
+
+    Criteria that share the calibration share the measures. Only those that nobody asked for before
+    are measured, all in one pass, since some cost far more than the network itself.
 
     Args:
         model: The dense network; left untouched.
         graph: Its graph.
         calibration: Training batches, shared.
         images: At most this many examples are used, of as many batches as that needs.
+        measures: Names in `similarity.CHANGES`.
 
     Raises:
         ValueError: If there is no batch, or the network does not return one tensor per example.
     """
-
-    def measure() -> Changes:
-        return _measure(model, graph, calibration, images)
-
-    return calibration.once(f"ablation {images}", model, graph, measure)
+    known: dict[str, Changes] = calibration.once(f"ablation {images}", model, graph, dict)
+    wanted = tuple(measures)
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        known.update(_measure(model, graph, calibration, images, missing))
+    return {name: known[name] for name in wanted}
 
 
 def penultimate(graph: PruningGraph) -> str:
@@ -91,16 +101,20 @@ def penultimate_features(
     found: list[Tensor] = []
 
     def before(node: Node, values: Values) -> None:
-        if name in node.refs() and not found:
-            found.append(values[name].flatten(1))
+        if name in node.refs():  # the last of them: others may write it through a view
+            found[:] = [values[name].flatten(1)]
 
     outputs = Execution(graph, plan).run(model, inputs, before=before)
     return found[0] if found else outputs[graph.program.outputs[0]].flatten(1)
 
 
 def _measure(
-    model: nn.Module, graph: PruningGraph, calibration: SharedCalibration, images: int
-) -> Changes:
+    model: nn.Module,
+    graph: PruningGraph,
+    calibration: SharedCalibration,
+    images: int,
+    measures: Sequence[str],
+) -> dict[str, Changes]:
     parts = _gathered(calibration, images)
     targets = torch.cat([targets for _, targets in parts])
     ablation = _Ablation(model, graph, [inputs for inputs, _ in parts])
@@ -112,15 +126,15 @@ def _measure(
         )
     units = {
         name: {g.name: torch.zeros(g.size, dtype=torch.float64) for g in graph.open_groups}
-        for name in CHANGES
+        for name in measures
     }
-    blocks: dict[str, dict[str, float]] = {name: {} for name in CHANGES}
+    blocks: dict[str, dict[str, float]] = {name: {} for name in measures}
     total = sum(group.size for group in graph.open_groups) + len(graph.extents)
     done = 0
 
     def visit(structure: str, unit: int | None, response: Response) -> None:
-        for name, change in CHANGES.items():
-            value = float(change(dense, response, targets))
+        for name in measures:
+            value = float(CHANGES[name](dense, response, targets))
             if unit is None:
                 blocks[name][structure] = value
             else:
@@ -130,7 +144,7 @@ def _measure(
         calibration.progress(done, total)
 
     ablation.run(visit)
-    return Changes(units, blocks)
+    return {name: Changes(units[name], blocks[name]) for name in measures}
 
 
 def _gathered(calibration: SharedCalibration, images: int) -> list[tuple[Any, Tensor]]:
@@ -171,6 +185,8 @@ class _Ablation:
             node.target: node.name for node in nodes.values() if node.kind == "parameter"
         }
         self._constants = {n.name: n.value for n in nodes.values() if n.kind == "constant"}
+        overwritten = {n.args[0].name for n in self._order if n.in_place and _is_ref(n)}
+        self._unwritten = set(self._parameters.values()) - overwritten
         self._dense: list[dict[str, Tensor]] = []
         last: dict[str, int] = {}
         for index, node in enumerate(self._order):
@@ -187,12 +203,10 @@ class _Ablation:
             found: dict[str, Tensor] = {}
 
             def after(node: Node, values: Values, found: dict[str, Tensor] = found) -> None:
-                for name in self._watched:
-                    if name not in found and name in values:
-                        found[name] = values[name].clone()
+                found.update({name: values[name] for name in self._watched if name in values})
 
             self._execution.run(self._model, inputs, after=after)
-            self._dense.append(found)
+            self._dense.append({name: value.clone() for name, value in found.items()})
         return self._response(self._dense)
 
     def _response(self, parts: Sequence[Mapping[str, Tensor]]) -> Response:
@@ -261,8 +275,8 @@ class _Ablation:
         """Returns values that lack a structure, and the operators that do not run then."""
         if unit is not None:
             return self._masked(values, self._graph.groups[name], unit), frozenset()
-        extent = self._graph.extents[name]
-        return {**values, extent.result: values[extent.source]}, extent.nodes
+        extent = self._graph.extents[name]  # the result may be overwritten where the source is not
+        return {**values, extent.result: values[extent.source].clone()}, extent.nodes
 
     def _rest(self, start: int, skipped: frozenset[str]) -> list[tuple[Node, Sequence[str]]]:
         return [
@@ -284,11 +298,19 @@ class _Ablation:
         self, values: Values, rest: list[tuple[Node, Sequence[str]]], batch: int
     ) -> Values:
         known = {**self._constants, **values}
+        if any(node.in_place for node, _ in rest):  # other ablations still need what is there
+            known = self._copied(known)
         for node, dead in rest:
-            overwritten = node.args[0] if node.in_place else None
-            if isinstance(overwritten, Ref):  # other ablations still need what is overwritten
-                known[overwritten.name] = known[overwritten.name].clone()
             known = self._execution.ahead([node.name], known, batch)
             for name in dead:
                 known.pop(name, None)
         return known
+
+    def _copied(self, values: Values) -> Values:
+        """Returns values that may be overwritten; what is a view of another one stays its view."""
+        own = {name: value for name, value in values.items() if name not in self._unwritten}
+        return {**values, **copy.deepcopy(own)}
+
+
+def _is_ref(node: Node) -> bool:
+    return bool(node.args) and isinstance(node.args[0], Ref)

@@ -58,8 +58,8 @@ class Cka:
             ValueError: If `calibration` has no batch, or the network returns several values.
         """
         shared = SharedCalibration.of(calibration)
-        found = changes(model, graph, shared, self.images).units["cka"]
-        return {name: values.clamp_min(0).float() for name, values in found.items()}
+        found = changes(model, graph, shared, self.images, ["cka"])["cka"]
+        return {name: values.clamp_min(0).float() for name, values in found.units.items()}
 
     def blocks(
         self,
@@ -69,8 +69,9 @@ class Cka:
         saliency: Mapping[str, Tensor],
     ) -> Mapping[str, float]:
         """Returns 1 - CKA without each block, per inner unit."""
-        found = changes(model, graph, SharedCalibration.of(calibration), self.images)
+        shared = SharedCalibration.of(calibration)
+        found = changes(model, graph, shared, self.images, ["cka"])["cka"]
         return {
             name: max(0.0, value) / inner_units(graph, name)
-            for name, value in found.blocks["cka"].items()
+            for name, value in found.blocks.items()
         }

@@ -6,7 +6,8 @@ shape distances with alpha 0 and 1, the permutation distance, Gaussian-stochasti
 with alpha 0, 1 and 2, and the 1-Wasserstein distance of all feature values (see `similarity`).
 
 Ranks are quantiles among all units, averaged instead of summed. A block takes the quantile that
-its change per inner unit has among the units.
+its change per inner unit has among the units. Before very wide features, as in dense prediction,
+the permutation distance is a tie of all (see `similarity`), and the other seven decide.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from paretoprune.criteria.ablation import changes
+from paretoprune.criteria.ablation import Changes, changes
 from paretoprune.criteria.base import Calibration, CostClass
 from paretoprune.criteria.blocks import inner_units
 from paretoprune.criteria.shared import SharedCalibration
@@ -49,10 +50,11 @@ class Consensus:
         Raises:
             ValueError: If `calibration` has no batch, or the network returns several values.
         """
-        found = changes(model, graph, SharedCalibration.of(calibration), self.images).units
+        shared = SharedCalibration.of(calibration)
+        found = changes(model, graph, shared, self.images, SIMILARITIES)
         if not graph.open_groups:
             return {}
-        quantiles = [_share_below(_all(found[m]), _all(found[m])) for m in SIMILARITIES]
+        quantiles = [_share_below(values, values) for values in map(_all, found.values())]
         mean = torch.stack(quantiles).mean(0).float()
         parts = mean.split([group.size for group in graph.open_groups])
         return {g.name: part for g, part in zip(graph.open_groups, parts, strict=True)}
@@ -65,22 +67,23 @@ class Consensus:
         saliency: Mapping[str, Tensor],
     ) -> Mapping[str, float]:
         """Returns the mean quantile of each block's changes per inner unit."""
-        found = changes(model, graph, SharedCalibration.of(calibration), self.images)
+        shared = SharedCalibration.of(calibration)
+        found = changes(model, graph, shared, self.images, SIMILARITIES)
         scores = {}
         for name in graph.blocks:
             quantiles = [
                 _share_below(
-                    torch.tensor([found.blocks[m][name] / inner_units(graph, name)]).double(),
-                    _all(found.units[m]),
+                    torch.tensor([each.blocks[name] / inner_units(graph, name)]).double(),
+                    _all(each),
                 )
-                for m in SIMILARITIES
+                for each in found.values()
             ]
             scores[name] = float(torch.stack(quantiles).mean())
         return scores
 
 
-def _all(units: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat(list(units.values()))
+def _all(changes: Changes) -> Tensor:
+    return torch.cat(list(changes.units.values()))
 
 
 def _share_below(values: Tensor, among: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class Kl:
             ValueError: If `calibration` has no batch, or the network returns several values.
         """
         shared = SharedCalibration.of(calibration)
-        found = changes(model, graph, shared, self.images).units["kl"]
-        return {name: values.float() for name, values in found.items()}
+        found = changes(model, graph, shared, self.images, ["kl"])["kl"]
+        return {name: values.float() for name, values in found.units.items()}
 
     def blocks(
         self,
@@ -55,5 +55,6 @@ class Kl:
         saliency: Mapping[str, Tensor],
     ) -> Mapping[str, float]:
         """Returns the divergence without each block, per inner unit."""
-        found = changes(model, graph, SharedCalibration.of(calibration), self.images)
-        return {name: v / inner_units(graph, name) for name, v in found.blocks["kl"].items()}
+        shared = SharedCalibration.of(calibration)
+        found = changes(model, graph, shared, self.images, ["kl"])["kl"]
+        return {name: value / inner_units(graph, name) for name, value in found.blocks.items()}

@@ -75,7 +75,8 @@ def to_sigbn(model: nn.Module) -> nn.Module:
         if not isinstance(module, _NormBase) or module.weight is None:
             return module
         scale = module.weight.detach().abs()
-        return SigBatchNorm(module, (_ROOM * scale / scale.max()).clamp_min(_SMALLEST))
+        largest = scale.max().clamp_min(torch.finfo(scale.dtype).tiny)  # all may be 0
+        return SigBatchNorm(module, (_ROOM * scale / largest).clamp_min(_SMALLEST))
 
     return _replaced(copy.deepcopy(model), bounded)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -37,7 +38,8 @@ def select(
 
     With `blocks`, neurons and layers are chosen together: the priority of a block is the quantile
     that its saliency has among those of all units, and it leaves whole once units of higher
-    priority would have to leave instead.
+    priority would have to leave instead. Where no units fill the budget beside the blocks that
+    leave, those of the highest saliency stay after all.
 
     Args:
         graph: From `surgery.trace`.
@@ -73,21 +75,44 @@ def select(
         return PruningPlan(_by_ratio(graph, groups, saliency, ratios, bounds), removed)
     assert budget is not None
     target = target_macs(graph, budget)
+    leaving: list[str] = []
     for block in _leaving_first(graph, blocks or {}, removed, bounds):
-        more = (*removed, block)
-        allowance = Allowance(graph, rankable(graph, more), more, bounds)
-        if allowance.largest <= 0.99 * target:
+        gone = (*removed, *leaving)
+        groups, more = rankable(graph, gone), (*gone, block)
+        if Allowance(graph, rankable(graph, more), more, bounds).largest <= 0.99 * target:
             break
         priority = _block_priority(groups, saliency, (blocks or {})[block])
         units = _priorities(groups, saliency, allocation)
-        if threshold(Allowance(graph, groups, removed, bounds), units, target) <= priority:
+        if threshold(Allowance(graph, groups, gone, bounds), units, target) <= priority:
             break
-        removed, groups = more, rankable(graph, more)
-    priorities = _priorities(groups, saliency, allocation)
-    allowance = Allowance(graph, groups, removed, bounds)
-    _check_reachable(allowance, target, removed)
-    kept = fit(allowance, priorities, target)
-    return PruningPlan(kept, removed)
+        leaving.append(block)
+
+    def planned(gone: tuple[str, ...]) -> PruningPlan:
+        groups = rankable(graph, gone)
+        allowance = Allowance(graph, groups, gone, bounds)
+        _check_reachable(allowance, target, gone)
+        return PruningPlan(fit(allowance, _priorities(groups, saliency, allocation), target), gone)
+
+    return _with_most_blocks(planned, removed, leaving)
+
+
+def _with_most_blocks(
+    planned: Callable[[tuple[str, ...]], PruningPlan], removed: tuple[str, ...], leaving: list[str]
+) -> PruningPlan:
+    """Returns the plan without as many of the `leaving` blocks, first to last, as there is one.
+
+    Units may be coarser beside removed blocks than in the whole network.
+
+    Raises:
+        InfeasibleBudget: If there is none; of the plan without all of them, as it reaches lowest.
+    """
+    try:
+        return planned((*removed, *leaving))
+    except InfeasibleBudget:
+        for count in reversed(range(len(leaving))):
+            with suppress(InfeasibleBudget):
+                return planned((*removed, *leaving[:count]))
+        raise
 
 
 def rankable(graph: PruningGraph, removed: tuple[str, ...]) -> tuple[PrunableGroup, ...]:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 _NOISE = 1e-5  # of the largest singular value: below are the rounding errors of float32
 _ROUNDING = 1e-14  # of float32 features, in their squares
 _ROUNDS = 5
+_WIDEST = 4096  # features that are reordered: the products of all pairs then take 128 MiB
 _GAIN = 1e-4  # of the squared distance: rounds that win less are not worth their time
 
 
@@ -50,20 +51,28 @@ class Response:
 def cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> Tensor:
     """Returns the linear CKA of two sets of features, 1 for equal ones; constant ones give 0.
 
+    Features wider than examples are many are compared by their Gram matrices, |X'Y|^2 being the
+    inner product of XX' and YY': the flattened maps of dense prediction have millions of columns.
+
     Args:
         x: Shape (m, p).
         y: Shape (m, q).
         debiased: Takes the unbiased estimator, which may be negative and needs m > 3.
     """
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
-    if debiased:
+    if debiased or max(x.shape[1], y.shape[1]) > len(x):
         k, l = x @ x.T, y @ y.T  # noqa: E741  (the letters of the paper)
-        cross, own_x, own_y = _unbiased_hsic(k, l), _unbiased_hsic(k, k), _unbiased_hsic(l, l)
-        scale = (own_x * own_y).clamp_min(0).sqrt()
+        cross, scale = _unbiased(k, l) if debiased else ((k * l).sum(), k.norm() * l.norm())
     else:
         cross = (x.T @ y).square().sum()
         scale = (x.T @ x).norm() * (y.T @ y).norm()
     return torch.where(scale > 0, cross / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+def _unbiased(k: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """Returns the numerator and the denominator of the debiased CKA of two Gram matrices."""
+    own = _unbiased_hsic(k, k) * _unbiased_hsic(l, l)
+    return _unbiased_hsic(k, l), own.clamp_min(0).sqrt()
 
 
 def _unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
@@ -218,6 +227,18 @@ def _gaussian_shape(alpha: int, dense: Response, other: Response, targets: Tenso
     return gaussian_shape(dense.features, other.features, targets, alpha=alpha)
 
 
+def _permutation(dense: Response, other: Response, _targets: Tensor) -> Tensor:
+    """The permutation distance; 0 for all features wider than `_WIDEST`.
+
+    It compares every column of one network with every column of the other. For the flattened maps
+    of dense prediction these pairs fit into no memory, and the time grows with the cube of the
+    width. A 0 for every structure is a tie in every ranking, which has no say in it.
+    """
+    if dense.features.shape[1] > _WIDEST:
+        return dense.features.new_zeros(())
+    return permutation_angle(dense.features, other.features)
+
+
 def _transport(dense: Response, other: Response, _targets: Tensor) -> Tensor:
     """1-Wasserstein distance of all feature values, as one-dimensional samples of equal size."""
     x, y = (each.features.flatten().sort().values for each in (dense, other))
@@ -231,7 +252,7 @@ CHANGES: Mapping[str, Change] = MappingProxyType(
         "cka": lambda dense, other, _: 1 - cka(dense.features, other.features),
         "shape_0": lambda d, o, _: shape_angle(d.features, o.features, whitened=True),
         "shape_1": lambda d, o, _: shape_angle(d.features, o.features, whitened=False),
-        "permutation": lambda d, o, _: permutation_angle(d.features, o.features),
+        "permutation": _permutation,
         "gaussian_0": partial(_gaussian_shape, 0),
         "gaussian_1": partial(_gaussian_shape, 1),
         "gaussian_2": partial(_gaussian_shape, 2),

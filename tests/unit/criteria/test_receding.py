@@ -83,6 +83,15 @@ def test_conversion_keeps_the_order_of_scales_and_bounds_them() -> None:
     assert len(gammas(sig)) == 3
 
 
+def test_a_norm_whose_scales_are_all_zero_is_as_weak_as_can_be() -> None:
+    model = network()
+    nn.init.zeros_(model.bn1.weight)
+    scales = gammas(to_sigbn(model))[1].detach().sigmoid()
+    torch.testing.assert_close(scales, torch.full((8,), 1e-4))
+    trained = recede(model, data(), F.cross_entropy, Receding(epochs=1))
+    assert all(tensor.isfinite().all() for tensor in trained.state_dict().values())
+
+
 def test_conversion_back_is_exact_in_eval_mode() -> None:
     sig = to_sigbn(network())
     for gamma in gammas(sig):

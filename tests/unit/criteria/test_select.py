@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paretoprune.criteria import Bounds, select, smallest_macs, target_macs
 from paretoprune.criteria.budget import Allowance
+from paretoprune.criteria.select import rankable
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan, trace
 from tests.unit.surgery.specimens import traced
@@ -345,3 +347,63 @@ def test_a_minimum_holds_for_ratios_and_bounds_the_budget() -> None:
     assert len(plan.kept[name]) == 3
     with pytest.raises(InfeasibleBudget):
         select(graph, saliency, budget=0.02, bounds=Bounds(minimum=7))
+
+
+class Narrow(nn.Module):
+    """A residual block so narrow that its removal coarsens what units can reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.down(F.relu(self.up(x)))
+
+
+@functools.cache
+def narrow() -> PruningGraph:
+    model = nn.Sequential(nn.Linear(6, 4), *(Narrow() for _ in range(3)), nn.Linear(4, 4))
+    return trace(model.eval(), torch.randn(2, 6))
+
+
+def plan_exists(graph: PruningGraph, removed: tuple[str, ...], target: int) -> bool:
+    """Whether any counts of units fill a budget beside removed blocks."""
+    groups = rankable(graph, removed)
+    counts = [torch.arange(1.0, group.size + 1).double() for group in groups]
+    every = torch.cartesian_prod(*counts).reshape(-1, len(counts))
+    macs = Allowance(graph, groups, removed).macs(every)
+    return bool(((macs <= target) & (macs > 0.99 * target)).any())
+
+
+@pytest.mark.parametrize("percent", range(8, 100))
+def test_blocks_that_no_units_fill_the_budget_beside_stay(percent: int) -> None:
+    graph, target = narrow(), target_macs(narrow(), percent / 100)
+    saliency = {group.name: torch.arange(float(group.size)) for group in graph.open_groups}
+    names, blocks = tuple(graph.blocks), {"1": -3.0, "2": -2.0, "3": -1.0}
+    assert names == ("1", "2", "3")
+    possible = [count for count in range(4) if plan_exists(graph, names[:count], target)]
+    if not possible:
+        with pytest.raises(InfeasibleBudget):
+            select(graph, saliency, budget=target, blocks=blocks)
+        return
+    plan = select(graph, saliency, budget=target, blocks=blocks)
+    assert 0.99 * target < graph.cost(plan).macs <= target
+    assert plan.removed == names[: len(plan.removed)]  # the block of the lowest saliency first
+
+
+@pytest.mark.parametrize(("budget", "left"), [(0.14, ("1", "2")), (0.15, ("1",)), (0.25, ())])
+def test_the_block_taken_last_stays_first(budget: float, left: tuple[str, ...]) -> None:
+    graph = narrow()
+    saliency = {group.name: torch.arange(float(group.size)) for group in graph.open_groups}
+    plan = select(graph, saliency, budget=budget, blocks={"1": -3.0, "2": -2.0, "3": -1.0})
+    assert plan.removed == left
+
+
+def test_blocks_that_are_asked_to_leave_never_stay() -> None:
+    graph = narrow()
+    saliency = {group.name: torch.arange(float(group.size)) for group in graph.open_groups}
+    assert plan_exists(graph, (), target_macs(graph, 0.25))
+    with pytest.raises(InfeasibleBudget):
+        select(graph, saliency, budget=0.25, removed=("1",))
+    with pytest.raises(InfeasibleBudget):
+        select(graph, saliency, budget=0.25, removed=("1",), blocks={"2": -1.0})

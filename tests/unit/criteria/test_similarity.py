@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from itertools import pairwise, permutations
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +21,7 @@ from paretoprune.criteria.ablation import changes, penultimate
 from paretoprune.criteria.similarity import (
     CHANGES,
     SIMILARITIES,
+    Change,
     Response,
     cka,
     gaussian_shape,
@@ -70,6 +73,21 @@ def test_cka_equals_its_form_with_gram_matrices() -> None:
     k, other = x @ x.T, y @ y.T
     expected = hsic(k, other) / (hsic(k, k) * hsic(other, other)).sqrt()
     torch.testing.assert_close(cka(x, y), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("p", "q"), [(60, 50), (60, 5), (5, 60), (40, 41)])
+def test_cka_of_features_wider_than_examples_is_that_of_their_products(p: int, q: int) -> None:
+    x, y = features(40, p, q)
+    a, b = x - x.mean(0), y - y.mean(0)
+    expected = (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
+    torch.testing.assert_close(cka(x, y), expected, rtol=1e-12, atol=0)
+
+
+def test_cka_of_features_of_dense_prediction_needs_no_matrix_of_their_width() -> None:
+    x, y = torch.randn(2, 4, 10).double()
+    embedding = F.one_hot(torch.randint(2**20, (10,)), 2**20).double()  # 8 TiB for all pairs
+    torch.testing.assert_close(cka(x @ embedding, y), cka(x, y), rtol=1e-10, atol=0)
+    torch.testing.assert_close(cka(x @ embedding, y @ embedding), cka(x, y), rtol=1e-10, atol=0)
 
 
 def unbiased(k: Tensor, other: Tensor) -> float:
@@ -144,6 +162,33 @@ def test_the_permutation_angle_is_the_least_over_all_permutations() -> None:
     ]
     expected = min(cosine.arccos().item() for cosine in cosines)
     assert permutation_angle(x, y).item() == pytest.approx(expected)
+
+
+class Segmenting(nn.Module):
+    """Classes per pixel; the last layer reads 6 * 64 * 64 numbers per example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(F.relu(self.first(x)))
+
+
+def test_dense_prediction_is_ranked_by_the_other_seven_measures() -> None:
+    model, inputs = Segmenting().eval(), torch.randn(3, 3, 64, 64)
+    graph = trace(model, inputs)
+    shared = SharedCalibration([(inputs, torch.zeros(3, 64, 64, dtype=torch.long))])
+    saliency = CRITERIA["consensus"]()(model, graph, shared)["first"]
+    found = changes(model, graph, shared, 256, SIMILARITIES)
+    assert not found["permutation"].units["first"].any()
+    quantiles = [np.full(6, 0.5)]  # of the permutation distance
+    for measure in set(SIMILARITIES) - {"permutation"}:
+        values = found[measure].units["first"].numpy()
+        rounded = (values / max(1e-3 * values.max(), 1e-300)).round()
+        quantiles.append((rankdata(rounded) - 0.5) / 6)
+    np.testing.assert_allclose(saliency.numpy(), np.mean(quantiles, 0), rtol=1e-6)
+    assert len(saliency.unique()) > 1
 
 
 SIZES = [(40, 5), (12, 20)]  # narrower and wider than there are examples
@@ -261,7 +306,7 @@ def batch(name: str) -> tuple[Any, Tensor]:
 def test_a_unit_is_scored_by_the_network_without_it(name: str) -> None:
     model, graph = traced(name)
     inputs, targets = batch(name)
-    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100).units["kl"]
+    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100, ["kl"])["kl"].units
     before = model(inputs)
     for group in graph.open_groups:
         for unit in {0, group.size - 1}:
@@ -303,13 +348,14 @@ def captured(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
 def test_a_removed_block_equals_one_whose_last_norm_is_zero() -> None:
     model, graph = traced("residual")
     inputs, targets = batch("residual")
-    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100).blocks
+    data = SharedCalibration([(inputs, targets)])
+    found = changes(model, graph, data, 100, ["cka"])["cka"].blocks
     masked = copy.deepcopy(model)
     norm = masked.get_submodule("2.conv2.1")
     for tensor in (*norm.parameters(), norm.get_buffer("running_mean")):
         tensor.detach().zero_()
     expected = 1 - cka(captured(model, inputs)[0], captured(masked, inputs)[0])
-    assert found["cka"]["2"] == pytest.approx(float(expected), rel=1e-4)
+    assert found["2"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_a_dead_unit_changes_nothing() -> None:
@@ -326,15 +372,73 @@ def test_a_dead_unit_changes_nothing() -> None:
         assert saliency.max() > 100 * saliency[3]
 
 
-def test_one_pass_serves_all_measures_and_images_bound_it() -> None:
+def test_images_bound_what_is_measured() -> None:
+    model, graph = traced("residual")
+    inputs, targets = batch("residual")
+    data = SharedCalibration([(inputs[:8], targets[:8])])
+    few = changes(model, graph, data, 100, ["kl"])["kl"]
+    same = changes(model, graph, SharedCalibration([(inputs, targets)]), 8, ["kl"])["kl"]
+    for group in few.units:
+        torch.testing.assert_close(few.units[group], same.units[group])
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Returns how often each measure was taken since."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> Change:
+        def change(dense: Response, other: Response, targets: Tensor) -> Tensor:
+            calls[name] += 1
+            return CHANGES[name](dense, other, targets)
+
+        return change
+
+    monkeypatch.setattr(ablation, "CHANGES", {name: count(name) for name in CHANGES})
+    return calls
+
+
+NEEDED = {"kl": {"kl"}, "cka": {"cka"}, "consensus": set(SIMILARITIES)}
+
+
+@pytest.mark.parametrize("criterion", NEEDED)
+def test_a_criterion_pays_for_its_own_measures_once(
+    criterion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, graph = traced("residual")
     shared = SharedCalibration([batch("residual")])
-    assert changes(model, graph, shared, 12) is changes(model, graph, shared, 12)
-    inputs, targets = batch("residual")
-    few = changes(model, graph, SharedCalibration([(inputs[:8], targets[:8])]), 100)
-    same = changes(model, graph, shared, 8)
-    for group in few.units["kl"]:
-        torch.testing.assert_close(few.units["kl"][group], same.units["kl"][group])
+    calls, kind = counted(monkeypatch), CRITERIA[criterion]()
+    block_saliency(kind, kind(model, graph, shared), model, graph, shared)
+    structures = sum(group.size for group in graph.open_groups) + len(graph.extents)
+    assert calls == dict.fromkeys(NEEDED[criterion], structures)
+
+
+@pytest.mark.parametrize("order", list(permutations(NEEDED)))
+def test_criteria_asked_for_together_measure_nothing_twice(
+    order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, graph = traced("residual")
+    data = [batch("residual")]
+    alone = {name: CRITERIA[name]()(model, graph, data) for name in order}
+    shared, calls = SharedCalibration(data), counted(monkeypatch)
+    for name in order:
+        for group, values in CRITERIA[name]()(model, graph, shared).items():
+            assert torch.equal(values, alone[name][group])
+    structures = sum(group.size for group in graph.open_groups) + len(graph.extents)
+    assert calls == dict.fromkeys(CHANGES, structures)
+
+
+def test_one_pass_serves_all_measures_that_are_asked_for_at_once() -> None:
+    model, graph = traced("residual")
+    shared = SharedCalibration([batch("residual")])
+    seen: list[tuple[int, int]] = []
+    shared.progress = lambda done, total: seen.append((done, total))
+    structures = sum(group.size for group in graph.open_groups) + len(graph.extents)
+    found = changes(model, graph, shared, 12, CHANGES)
+    assert seen.count((structures, structures)) == 1
+    seen.clear()
+    again = changes(model, graph, shared, 12, ["cka", "kl"])
+    assert not seen
+    assert all(again[name] is found[name] for name in again)
 
 
 @pytest.mark.parametrize("name", ["residual", "excitation", "torch_attention"])
@@ -345,15 +449,14 @@ def test_batches_stream_and_say_what_one_batch_says(
     monkeypatch.setattr(ablation, "_BYTES", kept_bytes)  # one structure at a time, and many
     model, graph = traced(name)
     inputs, targets = batch(name)
-    whole = changes(model, graph, SharedCalibration([(inputs[:11], targets[:11])]), 100)
+    data = SharedCalibration([(inputs[:11], targets[:11])])
+    whole = changes(model, graph, data, 100, CHANGES)
     parts = [(inputs[i : i + 5], targets[i : i + 5]) for i in (0, 5, 10)]
-    streamed = changes(model, graph, SharedCalibration(parts), 11)
-    for measure in CHANGES:
-        for group, values in whole.units[measure].items():
-            torch.testing.assert_close(
-                streamed.units[measure][group], values, rtol=1e-3, atol=1e-5
-            )
-        assert streamed.blocks[measure] == pytest.approx(whole.blocks[measure], rel=1e-3, abs=1e-5)
+    streamed = changes(model, graph, SharedCalibration(parts), 11, CHANGES)
+    for found, expected in ((streamed[name], whole[name]) for name in CHANGES):
+        for group, values in expected.units.items():
+            torch.testing.assert_close(found.units[group], values, rtol=1e-3, atol=1e-5)
+        assert found.blocks == pytest.approx(expected.blocks, rel=1e-3, abs=1e-5)
 
 
 def test_consensus_is_the_rank_sum() -> None:
@@ -361,11 +464,11 @@ def test_consensus_is_the_rank_sum() -> None:
     model, graph = traced("residual")
     shared = SharedCalibration([batch("residual")])
     saliency = CRITERIA["consensus"]()(model, graph, shared)
-    found = changes(model, graph, shared, 256).units
+    found = changes(model, graph, shared, 256, SIMILARITIES)
     whole = torch.cat(list(saliency.values()))
     ranks = torch.zeros(len(whole))
     for measure in SIMILARITIES:
-        values = torch.cat(list(found[measure].values()))
+        values = torch.cat(list(found[measure].units.values()))
         ranks += values.argsort().argsort()
     correlation = torch.corrcoef(torch.stack([ranks, whole]))[0, 1]
     assert correlation > 0.99
@@ -404,13 +507,95 @@ class Overwriting(nn.Module):
         return self.head(x.relu_())
 
 
-def test_ablations_do_not_disturb_one_another_where_the_network_overwrites() -> None:
-    model = Overwriting().eval()
+class WritingAPart(nn.Module):
+    """Writes some units through a view of them, which leaves the others as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+        self.outer, self.wide = nn.Conv2d(5, 4, 3, padding=1), nn.Conv2d(8, 7, 1)
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.stem(x))
+        y = x.clone()
+        y[:, :4] = 3 * self.outer(torch.relu(self.inner(y)))
+        return self.head(torch.relu(self.wide(y)).mean((2, 3)))
+
+
+class WritingFeatures(nn.Module):
+    """Writes a part of what the last layer reads, and of what it returns, through views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.stem(x))
+        x[:, :3] += self.outer(torch.relu(self.inner(x)))
+        x = self.head(x)
+        x[:, 1:3] *= 2
+        return x
+
+
+OVERWRITING = [(Overwriting, (4,)), (WritingAPart, (3, 6, 6)), (WritingFeatures, (4,))]
+
+
+@pytest.mark.parametrize(("kind", "shape"), OVERWRITING)
+def test_ablations_do_not_disturb_one_another_where_the_network_overwrites(
+    kind: type[nn.Module], shape: tuple[int, ...]
+) -> None:
+    model = kind().eval()
+    inputs, targets = torch.randn(20, *shape), torch.arange(20) % 4
+    graph = trace(model, inputs[:2])
+    data = SharedCalibration([(inputs, targets)])
+    found = changes(model, graph, data, 100, ["kl", "cka"])
+    assert "inner" in {group.name for group in graph.open_groups}
+    for group in graph.open_groups:
+        for unit in range(group.size):
+            kept = tuple(u for u in range(group.size) if u != unit)
+            small = prune(model, graph, PruningPlan({group.name: kept}))
+            x, y = (captured(each, inputs) for each in (model, small))
+            expected = {"kl": kl_divergence(x[1], y[1]), "cka": 1 - cka(x[0], y[0])}
+            for name, change in expected.items():
+                torch.testing.assert_close(
+                    found[name].units[group.name][unit], change, rtol=1e-3, atol=1e-7
+                )
+
+
+class InPlaceBlock(nn.Module):
+    """A residual block that overwrites all it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 5), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.outer(torch.relu_(self.inner(x)))
+        y += x
+        return y.relu_()
+
+
+class InPlaceBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Linear(4, 6), InPlaceBlock(), InPlaceBlock()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(torch.relu(self.stem(x)))
+        return self.head(self.second(x))
+
+
+def test_a_block_in_front_of_what_overwrites_is_scored_without_it() -> None:
+    model = InPlaceBlocks().eval()
     inputs, targets = torch.randn(20, 4), torch.arange(20) % 4
     graph = trace(model, inputs[:2])
-    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100).units["kl"]
-    for unit in range(5):
-        kept = tuple(u for u in range(5) if u != unit)
-        small = prune(model, graph, PruningPlan({"inner": kept}))
-        expected = kl_divergence(model(inputs).double(), small(inputs).double()).detach()
-        torch.testing.assert_close(found["inner"][unit], expected, rtol=1e-3, atol=1e-8)
+    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100, ["kl"])["kl"]
+    assert set(found.blocks) == set(graph.blocks)
+    assert graph.blocks
+    for block in graph.blocks:
+        small = prune(model, graph, PruningPlan(removed=(block,)))
+        expected = kl_divergence(model(inputs).double(), small(inputs).double()).item()
+        assert found.blocks[block] == pytest.approx(expected, rel=1e-3)
