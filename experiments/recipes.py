@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.experiments import models
+from paretoprune.experiments.data.datasets import IMAGENET, Preparation
 from paretoprune.experiments.data.opening import Data, load_data
-from paretoprune.experiments.data.sources import ExampleArray, float32, picked
+from paretoprune.experiments.data.sources import float32, lists_classes, picked
 from paretoprune.experiments.data.splits import (
     Splits,
     TrainingBatches,
@@ -30,7 +31,9 @@ from paretoprune.experiments.references import (
     close_matches,
     import_reference,
     library_network,
+    library_preparation,
     load_weights,
+    required,
 )
 from paretoprune.experiments.training import Training, train
 from paretoprune.search.checks import check_problem
@@ -133,7 +136,8 @@ def build_problem(
     Args:
         model: A recipe's name, `torchvision:NAME`, `timm:NAME`, or `package.module:function`,
             which returns a Problem or a trained network; the function receives those of `data`,
-            `weights`, `seed`, `progress` and `num_classes` that it declares.
+            `weights`, `seed`, `progress` and `num_classes` that it declares. That of a network
+            is called with `seed` and `num_classes` alone where an export is loaded.
         data: A data reference, see `data.load_data`; a network needs it, a recipe may.
         weights: A file of weights, or pretrained weights of the library by name.
         seed: Draws splits and what a recipe trains.
@@ -161,12 +165,12 @@ def _from_library(
     reference: str, data: str | None, weights: str | None, seed: int, progress: Lines
 ) -> Problem:
     """Returns the problem of a network of torchvision or timm."""
-    opened = _opened(reference, data, seed)
+    preparation = library_preparation(reference, weights)
+    opened = _opened(reference, data, seed, preparation)
     network = library_network(reference, classes=opened.classes, weights=weights)
     if weights is None:
         progress(f"{reference} is untrained, because no --weights are given")
-    exact = not isinstance(opened.train, ExampleArray)  # that one holds a part of the data
-    _check_network(network.model, opened, exact=exact)
+    _check_network(network.model, opened, exact=lists_classes(opened.train))
     return _problem(reference, network, opened, split(opened.train, seed=seed), seed)
 
 
@@ -175,20 +179,21 @@ def _from_function(
 ) -> Problem:
     """Returns the problem of a function that makes one, or of a function that makes a network."""
     function = import_reference(reference)
-    given = {"data": data, "weights": weights}
-    available: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    arguments: dict[str, Any] = {}
+    options = {"data": data, "weights": weights}
+    available: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    arguments: dict[str, Any] = {"seed": int(seed)} if accepts(function, "seed") else {}
     opened: Data | None = None
     if data is not None and accepts(function, "num_classes"):
         opened = load_data(data, seed=seed)
         if opened.classes is not None:
             arguments["num_classes"] = opened.classes
-    made = call_reference(reference, **available, **arguments, seed=seed, progress=progress)
+    given = available | arguments | {"seed": seed, "progress": progress}
+    made = call_reference(reference, **given)
     if isinstance(made, Problem):
         if unused := [name for name in available if not accepts(function, name)]:
-            options = " and ".join(f"--{name}" for name in unused)
+            unwanted = " and ".join(f"--{name}" for name in unused)
             raise ValueError(
-                f"{reference} brings its own {' and '.join(unused)}; leave {options} out."
+                f"{reference} brings its own {' and '.join(unused)}; leave {unwanted} out."
             )
         check_problem(made)
         return made
@@ -197,6 +202,7 @@ def _from_function(
             f"{reference} must return a Problem or a network (torch.nn.Module), but returned a "
             f"{type(made).__name__}."
         )
+    _check_rebuilt(reference, required(function) - set(arguments))
     model = made.eval()
     if weights is not None and not accepts(function, "weights"):
         load_weights(model, weights)
@@ -204,6 +210,24 @@ def _from_function(
     _check_network(model, opened)
     network = Network(model, reference, arguments)
     return _problem(reference, network, opened, split(opened.train, seed=seed), seed)
+
+
+def _check_rebuilt(reference: str, unknown: set[str]) -> None:
+    """Verifies that the function of a network needs nothing that an export does not record.
+
+    Args:
+        reference: Of the function.
+        unknown: Its required arguments that no export records.
+
+    Raises:
+        ValueError: If there are any: the search would end in a network that cannot be loaded.
+    """
+    if unknown:
+        raise ValueError(
+            f"{reference} needs {' and '.join(map(repr, sorted(unknown)))}, but is called with "
+            f"num_classes and seed alone where an exported network is loaded; give "
+            f"{'it a default' if len(unknown) == 1 else 'them defaults'}."
+        )
 
 
 def _check_network(model: nn.Module, data: Data, *, exact: bool = False) -> None:
@@ -243,7 +267,9 @@ def _problem(name: str, network: Network, data: Data, splits: Splits, seed: int)
         recalibration=splits.recalibration,
         refit=splits.refit,
         validation=splits.validation,
-        training=TrainingBatches(data.train, splits.training, batch_size, seed),
+        training=(
+            TrainingBatches(data.train, splits.training, batch_size, seed) if data.whole else None
+        ),
         test=data.test,
         name=name,
         reference=network.reference,
@@ -251,13 +277,13 @@ def _problem(name: str, network: Network, data: Data, splits: Splits, seed: int)
     )
 
 
-def _opened(model: str, data: str | None, seed: int) -> Data:
+def _opened(model: str, data: str | None, seed: int, preparation: Preparation = IMAGENET) -> Data:
     if data is None:
         raise ValueError(
             f"{model} needs data; give --data cifar10:DIR, imagefolder:DIR, digits or "
             f"package.module:function."
         )
-    return load_data(data, seed=seed)
+    return load_data(data, seed=seed, preparation=preparation)
 
 
 def _provided(recipe: str, option: str, below: str) -> Path:

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretoprune.experiments.data.datasets import IMAGENET, Preparation
+
 LIBRARIES = ("torchvision", "timm")
 """Prefixes of MODEL references that name a library and not a package."""
+_SWITCHES = ("aux_logits", "transform_input", "image_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,22 @@ def accepts(function: Callable[..., Any], argument: str) -> bool:
     return argument in inspect.signature(function).parameters
 
 
+def required(function: Callable[..., Any]) -> set[str]:
+    """Returns the names of the arguments that a function cannot be called without."""
+    return {
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
 def _accepted(
     reference: str, function: Callable[..., Any], available: dict[str, Any]
 ) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
-    for name, parameter in parameters.items():
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.default is parameter.empty and not variadic and name not in available:
+    for name in parameters:
+        if name in required(function) and name not in available:
             offered = ", ".join(available) or "none"
             raise ValueError(
                 f"{reference} needs the argument {name!r}, but only these are given: {offered}."
@@ -124,8 +136,8 @@ def library_network(reference: str, *, classes: int | None, weights: str | None)
         raise ValueError(
             f"the pretrained weights {weights!r} of {reference} cannot be downloaded: {error}."
         ) from error
-    if pretrained:  # Inception's and GoogLeNet's factories change these with their weights
-        switches = [name for name in ("aux_logits", "transform_input") if hasattr(model, name)]
+    if pretrained:  # factories of Inception, GoogLeNet and ViT change these with their weights
+        switches = [name for name in _SWITCHES if hasattr(model, name)]
         arguments.update({name: getattr(model, name) for name in switches})
     elif weights is not None:
         load_weights(model, weights)
@@ -136,27 +148,46 @@ def _torchvision(name: str, weights: str | None) -> tuple[bool, Callable[..., nn
     """Returns whether `weights` are pretrained ones, and the factory with them."""
     from torchvision import models
 
+    pretrained = _torchvision_weights(name, weights)
+
+    def build(**arguments: Any) -> nn.Module:
+        return models.get_model(  # type: ignore[no-any-return]
+            name, weights=pretrained, **arguments
+        )
+
+    return pretrained is not None, build
+
+
+def _torchvision_weights(name: str, weights: str | None) -> Any:
+    """Returns the pretrained weights that `weights` names; None where it names a file, or none."""
+    from torchvision import models
+
     known = models.list_models(module=models)
     if name not in known:
         raise ValueError(f"unknown torchvision model {name!r}; {close_matches(name, known)}")
     named = models.get_model_weights(name).__members__  # DEFAULT among them, an alias
-    pretrained = weights in named
-    if weights is not None and not pretrained and not Path(weights).exists():
+    if weights is not None and weights not in named and not Path(weights).exists():
         raise ValueError(
             f"weights {weights!r} are neither a file nor weights of torchvision:{name}, which are "
             f"{', '.join(named)}."
         )
-
-    def build(**arguments: Any) -> nn.Module:
-        return models.get_model(  # type: ignore[no-any-return]
-            name, weights=weights if pretrained else None, **arguments
-        )
-
-    return pretrained, build
+    return None if weights is None else named.get(weights)
 
 
 def _timm(name: str, weights: str | None) -> tuple[bool, Callable[..., nn.Module]]:
     """Returns whether `weights` are pretrained ones, and the factory with them."""
+    timm = _timm_with(name)
+    pretrained = weights == "DEFAULT"
+
+    def build(**arguments: Any) -> nn.Module:
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+        return network
+
+    return pretrained, build
+
+
+def _timm_with(name: str) -> Any:
+    """Returns the package timm, which has a network of that name."""
     try:
         import timm
     except ImportError as error:
@@ -166,13 +197,46 @@ def _timm(name: str, weights: str | None) -> tuple[bool, Callable[..., nn.Module
     if not timm.is_model(name.partition(".")[0]):
         known = timm.list_models()
         raise ValueError(f"unknown timm model {name!r}; {close_matches(name, known)}")
-    pretrained = weights == "DEFAULT"
+    return timm
 
-    def build(**arguments: Any) -> nn.Module:
-        network: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
-        return network
 
-    return pretrained, build
+def library_preparation(reference: str, weights: str | None) -> Preparation:
+    """Returns how a network of torchvision or timm wants its images; builds no network.
+
+    That is as its pretrained weights were tested. timm configures every network, also untrained;
+    torchvision has no word on one without weights of its own, which takes the usual images.
+
+    Args:
+        reference: `torchvision:NAME` or `timm:NAME`.
+        weights: As for `library_network`.
+
+    Raises:
+        ValueError: If the library does not know the names.
+    """
+    library, _, name = reference.partition(":")
+    if library == "timm":
+        return _timm_preparation(name)
+    pretrained = _torchvision_weights(name, weights)
+    if pretrained is None:
+        return IMAGENET
+    plain = pretrained.transforms()
+    (size,) = plain.crop_size
+    interpolation = plain.interpolation.value
+    return Preparation((size, size), tuple(plain.mean), tuple(plain.std), interpolation, plain)
+
+
+def _timm_preparation(name: str) -> Preparation:
+    timm = _timm_with(name)
+    try:
+        known = timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag behind the dot
+        raise ValueError(f"unknown timm model {name!r}: {error}") from error
+    config = timm.data.resolve_data_config(pretrained_cfg=known.to_dict() if known else {})
+    plain = timm.data.create_transform(**config)
+    _, height, width = config["input_size"]
+    interpolation = config["interpolation"]
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Preparation((height, width), mean, std, interpolation, plain)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

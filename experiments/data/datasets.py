@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,30 @@ Split = Literal["train", "test"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a network wants its images.
+
+    Attributes:
+        size: Height and width.
+        mean: Per channel, of pixels in [0, 1].
+        std: Likewise.
+        interpolation: Of a resize, as torchvision spells it.
+        plain: From a PIL image to a normalised one, shape (c, *size), as it was meant for tests;
+            None resizes to 8/7 of `size` and crops at the centre.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bilinear"
+    plain: Callable[[Any], Tensor] | None = None
+
+
+IMAGENET = Preparation()
+"""The usual: 224x224, the ImageNet mean and std."""
 
 
 def cifar10(directory: Path, split: Split) -> ImageArray:
@@ -76,34 +102,49 @@ def _cifar10_torchvision(directory: Path, split: Split) -> tuple[Tensor, Tensor]
     return torch.from_numpy(dataset.data), _int64(dataset.targets)
 
 
-def image_folder(directory: Path, split: Split) -> DatasetSource:
-    """Returns a folder of images as torchvision's ImageFolder reads it, 224x224 RGB.
+def image_folder(
+    directory: Path, split: Split, preparation: Preparation = IMAGENET
+) -> DatasetSource:
+    """Returns a folder of images as torchvision's ImageFolder reads it, RGB.
 
-    Plain images are resized to 256 and cropped at the centre; the augmentation is a random
-    resized crop and a flip. Both are normalised with the ImageNet mean and std.
+    Plain images are prepared as the network wants them; the augmentation is a random resized
+    crop and a flip, with the same size, mean and std.
 
     Args:
         directory: Holds train/ and val/ or test/, each with one folder of images per class.
         split: Which part.
+        preparation: How the network wants its images.
 
     Raises:
         ValueError: If folders are missing, or the test classes are not the training classes.
     """
-    from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     train, test = _image_folders(directory)
-    normalise = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    plain = [transforms.Resize(256), transforms.CenterCrop(224)]
-    augmented = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    plain, augmented = _transforms(preparation)
     folder = str(train if split == "train" else test)
     try:
-        return DatasetSource(
-            ImageFolder(folder, transforms.Compose([*plain, *normalise])),
-            ImageFolder(folder, transforms.Compose([*augmented, *normalise])),
-        )
+        return DatasetSource(ImageFolder(folder, plain), ImageFolder(folder, augmented))
     except FileNotFoundError as error:  # a class without images
         raise ValueError(f"{folder} needs images in every class folder: {error}.") from error
+
+
+def _transforms(
+    preparation: Preparation,
+) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+    """Returns what makes plain images, and augmented ones, of PIL images."""
+    from torchvision import transforms
+
+    size, mode = preparation.size, transforms.InterpolationMode(preparation.interpolation)
+    normalise = [
+        transforms.ToTensor(),
+        transforms.Normalize(preparation.mean, preparation.std),
+    ]
+    resize = transforms.Resize(min(size) * 8 // 7, mode)
+    plain = transforms.Compose([resize, transforms.CenterCrop(size), *normalise])
+    crop = transforms.RandomResizedCrop(size, interpolation=mode)
+    augmented = [crop, transforms.RandomHorizontalFlip(), *normalise]
+    return preparation.plain or plain, transforms.Compose(augmented)
 
 
 def _image_folders(directory: Path) -> tuple[Path, Path]:

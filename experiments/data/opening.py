@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    default_collate,
+)
 
-from paretoprune.experiments.data.datasets import Split, cifar10, digits, image_folder
+from paretoprune.experiments.data.datasets import (
+    IMAGENET,
+    Preparation,
+    Split,
+    cifar10,
+    digits,
+    image_folder,
+)
 from paretoprune.experiments.data.sources import DatasetSource, ExampleArray, Source, float32
 from paretoprune.experiments.data.splits import Batches, sizes_for
 from paretoprune.experiments.references import call_reference
@@ -22,6 +40,9 @@ from paretoprune.search.problem import Batch
 _FOLDERS: Mapping[str, Callable[[Path, Split], Source]] = MappingProxyType(
     {"cifar10": cifar10, "imagefolder": image_folder}
 )
+
+MEMORY = 2**30
+"""Bytes up to which a loader that must be read batch by batch is held; splits may take more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +54,23 @@ class Data:
         train: The training set.
         test: Called once, for the final report, returns the test batches; None where there is
             no test set. Nothing of it is read before.
+        whole: Whether `train` has all training examples; a part can be searched with, but its
+            classes need not be all, and nothing is trained on it.
     """
 
     name: str
     train: Source
     test: Callable[[], Iterable[Batch]] | None
+    whole: bool = True
 
     @property
     def classes(self) -> int | None:
-        """Number of classes of the training set; None where targets are not classes."""
-        labels = self.train.labels()
+        """Number of classes of the training set; None if unknown, or targets are not classes."""
+        labels = self.train.labels() if self.whole else None
         return None if labels is None else int(labels.max()) + 1
 
 
-def load_data(reference: str, *, seed: int = 0) -> Data:
+def load_data(reference: str, *, seed: int = 0, preparation: Preparation = IMAGENET) -> Data:
     """Opens a data reference.
 
     Args:
@@ -54,8 +78,10 @@ def load_data(reference: str, *, seed: int = 0) -> Data:
             a folder of train-*.npz and test.npz), `imagefolder:DIR` (train/ and val/ or test/
             with a folder per class), `digits`, or `package.module:function`, which returns
             (train, test): each a map-style Dataset, a DataLoader or a list of (inputs, targets)
-            batches; test may be None.
+            batches; test may be None. Of a DataLoader its dataset is taken where that gives the
+            same examples; another one is read into memory, up to `MEMORY`.
         seed: Seeds torch while a DataLoader is read.
+        preparation: Of the images of `imagefolder:DIR`.
 
     Raises:
         ValueError: If the reference is unknown or its place does not hold such data.
@@ -65,7 +91,8 @@ def load_data(reference: str, *, seed: int = 0) -> Data:
     kind, colon, place = reference.partition(":")
     if kind in _FOLDERS and place:
         directory = Path(place).expanduser().resolve()  # workers may run in another folder
-        return _data(reference, partial(_FOLDERS[kind], directory))
+        more = {"preparation": preparation} if kind == "imagefolder" else {}
+        return _data(reference, partial(_FOLDERS[kind], directory, **more))
     if kind in _FOLDERS or not colon:
         raise ValueError(
             f"data is given as cifar10:DIR, imagefolder:DIR, digits or package.module:function, "
@@ -92,32 +119,87 @@ def _from_function(reference: str, seed: int) -> Data:
     train, test = returned
     with torch.random.fork_rng(devices=[]):  # a DataLoader shuffles by the global generator
         torch.manual_seed(seed)
-        source = _given_source(train, reference)
-    return Data(reference, source, None if test is None else partial(_given_batches, test))
+        source, whole = _given_source(train, reference)
+    batches = None if test is None else partial(_given_batches, test)
+    return Data(reference, source, batches, whole)
 
 
-def _given_source(given: Any, reference: str) -> Source:
-    """Returns a training set as a source: of ready batches, as many as the splits may take."""
-    if not isinstance(given, (DataLoader, list, tuple)):
-        if not (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
-            raise ValueError(
-                f"a training set is a map-style Dataset, a DataLoader or a list of (inputs, "
-                f"targets) batches, but {reference} returned a {type(given).__name__}."
-            )
-        return DatasetSource(given)
+def _given_source(given: Any, reference: str) -> tuple[Source, bool]:
+    """Returns a training set as a source, and whether that has all of its examples."""
+    if isinstance(given, (list, tuple)):  # in memory already, so that all of it is taken
+        return _joined([_checked(batch, reference) for batch in given], reference), True
+    dataset = _dataset_of(given) if isinstance(given, DataLoader) else given
+    if dataset is None:
+        return _read(given, reference)
+    if not _is_map_style(dataset):
+        raise ValueError(
+            f"a training set is a map-style Dataset, a DataLoader or a list of (inputs, "
+            f"targets) batches, but {reference} returned a {type(given).__name__}."
+        )
+    if not len(dataset):
+        raise _without_examples(reference)
+    _checked(default_collate([dataset[0]]), reference)
+    return DatasetSource(dataset), True
+
+
+def _dataset_of(loader: DataLoader[Any]) -> Any:
+    """Returns the dataset of the examples that a loader gives; None where they are its own.
+
+    A loader's batches hold each example as it was augmented once; a dataset draws anew in every
+    epoch. With a collation or sampler of its own a loader may give other examples than that.
+    """
+    dataset, batches = loader.dataset, loader.batch_sampler
+    if not _is_map_style(dataset) or loader.collate_fn is not default_collate:
+        return None
+    sampler = batches.sampler if type(batches) is BatchSampler else None
+    if type(sampler) is SubsetRandomSampler:
+        return Subset(dataset, [int(index) for index in sampler.indices])
+    if type(sampler) in (SequentialSampler, RandomSampler):
+        return dataset if getattr(sampler, "data_source", None) is dataset else None
+    return None
+
+
+def _is_map_style(given: Any) -> bool:
+    has_both = hasattr(given, "__getitem__") and hasattr(given, "__len__")
+    return has_both and not isinstance(given, IterableDataset)
+
+
+def _read(loader: DataLoader[Any], reference: str) -> tuple[Source, bool]:
+    """Returns what a loader gives in one pass, and whether that is all of it.
+
+    It ends once the splits have enough and `MEMORY` is used up, because loaders may give more
+    than fits, or have no end.
+    """
     batches: list[Batch] = []
-    examples, wanted = 0, 1
-    for batch in given:
+    examples, wanted, used = 0, 0, 0
+    for batch in loader:
+        if examples >= wanted > 0 and used >= MEMORY:
+            warnings.warn(
+                f"of the training loader of {reference} only the first {examples:,} examples "
+                f"are read, because it must be held in memory; they do for a search, but nothing "
+                f"can be fine-tuned and the number of classes is unknown: for that return a "
+                f"map-style Dataset, or a DataLoader of one with torch's own collation and "
+                f"sampler.",
+                stacklevel=2,
+            )
+            return _joined(batches, reference), False
         batches.append(_checked(batch, reference))
         if len(batches) == 1:
             sizes = sizes_for(ExampleArray.of(batches))
             wanted = sizes.validation + sizes.recalibration
         examples += len(batches[-1][1])
-        if examples >= wanted:
-            break
-    if not examples:
-        raise ValueError(f"{reference} returned a training set without examples.")
+        used += sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return _joined(batches, reference), True
+
+
+def _joined(batches: list[Batch], reference: str) -> ExampleArray:
+    if not sum(len(targets) for _, targets in batches):
+        raise _without_examples(reference)
     return ExampleArray.of(batches)
+
+
+def _without_examples(reference: str) -> ValueError:
+    return ValueError(f"{reference} returned a training set without examples.")
 
 
 def _checked(batch: Any, reference: str) -> Batch:

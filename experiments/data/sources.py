@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map, tree_map_only
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
 
 from paretoprune.search.problem import Batch
 
@@ -112,31 +112,35 @@ class DatasetSource:
     Attributes:
         plain: The dataset.
         augmented: The same examples in the same order with the training augmentation, drawn
-            from torch's global generator; None if there is none.
+            from torch's global generator; None takes `plain`, which may augment by itself.
     """
 
     plain: Dataset[Any]
     augmented: Dataset[Any] | None = None
 
     def labels(self) -> Tensor | None:
-        """Returns the dataset's `targets` (or `labels`) where it lists one class per example."""
-        for name in ("targets", "labels"):
-            try:
-                return _classes(torch.as_tensor(getattr(self.plain, name)), len(self))
-            except (AttributeError, TypeError, ValueError, RuntimeError):
-                continue  # not there, or not numbers: examples are then drawn without balance
-        return None
+        """Returns the dataset's `targets` (or `labels`) where it lists one class per example.
+
+        Torch's own TensorDataset, Subset and ConcatDataset list none, but what they hold tells.
+        """
+        return _labels(self.plain)
 
     def __len__(self) -> int:
         return len(self.plain)  # type: ignore[arg-type]
 
     def read(self, indices: Tensor, augmentation: torch.Generator | None = None) -> Batch:
-        """Returns the examples as torch's default collation stacks them."""
-        if augmentation is None or self.augmented is None:
-            return _batch([self.plain[int(index)] for index in indices])
+        """Returns the examples as torch's default collation stacks them.
+
+        A `plain` dataset that augments by itself gives the same again where it is read plain.
+        """
+        if augmentation is None:
+            dataset, seed = self.plain, int(indices.sum())
+        else:
+            dataset = self.plain if self.augmented is None else self.augmented
+            seed = int(torch.randint(2**31, (), generator=augmentation))
         with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
-            torch.manual_seed(int(torch.randint(2**31, (), generator=augmentation)))
-            return _batch([self.augmented[int(index)] for index in indices])
+            torch.manual_seed(seed)
+            return _batch([dataset[int(index)] for index in indices])
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,43 @@ class ExampleArray:
     def read(self, indices: Tensor, augmentation: torch.Generator | None = None) -> Batch:
         """Returns the examples as they are; ready batches have no augmentation to draw."""
         return picked(self.inputs, indices), self.targets[indices]
+
+
+def lists_classes(source: Source) -> bool:
+    """Tells whether the classes of a source are those of a whole data set.
+
+    Ready batches and datasets made of others are often a part, which may lack some classes.
+    """
+    if isinstance(source, DatasetSource):
+        return _listed(source.plain) is not None
+    return isinstance(source, ImageArray)
+
+
+def _labels(dataset: Any) -> Tensor | None:
+    listed = _listed(dataset)
+    if listed is not None:
+        return listed
+    match dataset:
+        case TensorDataset(tensors=(_, targets)):
+            return _classes(targets, len(dataset))
+        case Subset():
+            whole = _labels(dataset.dataset)
+            return None if whole is None else whole[torch.as_tensor(dataset.indices)]
+        case ConcatDataset():
+            parts = [_labels(part) for part in dataset.datasets]
+            known = [part for part in parts if part is not None]
+            return torch.cat(known) if len(known) == len(parts) else None
+    return None
+
+
+def _listed(dataset: Any) -> Tensor | None:
+    """Returns the classes that a dataset lists itself, one per example."""
+    for name in ("targets", "labels"):
+        try:
+            return _classes(torch.as_tensor(getattr(dataset, name)), len(dataset))
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            continue  # not there, or not numbers: examples are then drawn without balance
+    return None
 
 
 def _classes(targets: Tensor, size: int) -> Tensor | None:

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from paretoprune.experiments import models, recipes
+from paretoprune.experiments.data import opening
+from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.recipes import RECIPES, build_problem
 from paretoprune.experiments.references import import_reference
 from paretoprune.experiments.training import Training
@@ -20,6 +23,7 @@ from paretoprune.search.problem import Problem
 MODULE = """
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from paretoprune.search.problem import Problem
 
 def net(num_classes=3):
@@ -38,6 +42,25 @@ def broken():
 
 def empty():
     return Problem(nn.Linear(4, 2), torch.zeros(2, 4), [], [])
+
+def seeded(seed, num_classes):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+def greedy(seed, weights, progress):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def listening(progress):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def pairs():
+    return TensorDataset(torch.rand(8000, 1, 8, 8), torch.arange(8000) % 10)
+
+def loader():
+    return DataLoader(pairs(), batch_size=100, shuffle=True), None
+
+def collating():
+    return DataLoader(pairs(), batch_size=100, collate_fn=lambda x: default_collate(x)), None
 
 def text():
     return "net"
@@ -194,6 +217,48 @@ def test_a_network_function_with_a_file_of_weights(tmp_path: Path) -> None:
     assert torch.equal(problem.model.state_dict()["1.weight"], state["1.weight"])
 
 
+def test_a_network_function_is_built_again_with_its_seed() -> None:
+    problem = build_problem("user_nets:seeded", data="digits", seed=3)
+    assert dict(problem.arguments) == {"seed": 3, "num_classes": 10}
+    rebuilt = import_reference("user_nets:seeded")(**problem.arguments)
+    assert torch.equal(rebuilt[1].weight, problem.model.state_dict()["1.weight"])
+
+
+def test_a_loader_trains_on_all_that_the_search_split_leaves() -> None:
+    training = build_problem("user_nets:net", data="user_nets:loader").training
+    assert training is not None
+    assert len(training) == 6000 // 128
+
+
+def test_a_part_of_a_loader_is_searched_with_but_not_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(opening, "MEMORY", 1)
+    with pytest.warns(UserWarning, match="only the first 6,000 examples are read"):
+        problem = build_problem("user_nets:narrow", data="user_nets:collating")
+    with pytest.raises(ValueError, match="fine-tuning needs training data"):
+        FineTuner.of(problem, distil=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "mean"), [("timm:test_vit", 160, 0.5), ("torchvision:resnet18", 224, 0.485)]
+)
+def test_a_folder_of_images_is_prepared_for_a_network_of_a_library(
+    model: str, size: int, mean: float, tmp_path: Path
+) -> None:
+    if model.startswith("timm"):
+        pytest.importorskip("timm")
+    for folder in (tmp_path / part / name for part in ("train", "val") for name in "ab"):
+        folder.mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (20, 20)).save(folder / f"{number}.png")
+    problem = build_problem(model, data=f"imagefolder:{tmp_path}")
+    assert problem.test is not None
+    for inputs in (problem.example_inputs, next(iter(problem.test()))[0]):
+        assert inputs.shape[1:] == (3, size, size)
+        assert float(inputs[0, 0, 0, 0]) == pytest.approx(-mean / (0.5 if mean == 0.5 else 0.229))
+
+
 def test_a_function_may_return_a_problem() -> None:
     assert build_problem("user_nets:problem", seed=4).name == "seed 4"
 
@@ -209,6 +274,7 @@ def test_a_function_may_return_a_problem() -> None:
         ("user_nets:broken", None, "does not take a batch"),
         ("user_nets:problem", "digits", "brings its own data; leave --data out"),
         ("user_nets:empty", None, "must have at least one batch"),
+        ("user_nets:listening", "digits", "needs 'progress', but .* loaded; give it a default"),
         ("user_nets:text", None, "must return a Problem or a network .* but returned a str"),
     ],
 )

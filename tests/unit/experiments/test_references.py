@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from paretoprune.experiments.data.datasets import IMAGENET, IMAGENET_MEAN
 from paretoprune.experiments.references import (
     call_reference,
     import_reference,
     library_network,
+    library_preparation,
     load_weights,
 )
 
@@ -106,6 +109,66 @@ def test_pretrained_weights_bring_their_own_classes(monkeypatch: pytest.MonkeyPa
     rebuilt.load_state_dict(network.model.state_dict())
     images = torch.rand(1, 3, 64, 64)
     assert torch.equal(rebuilt(images), network.model(images))
+
+
+def test_pretrained_weights_of_another_size_can_be_built_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torchvision.models import VisionTransformer, ViT_B_16_Weights, vit_b_16
+
+    monkeypatch.setattr(ViT_B_16_Weights, "get_state_dict", lambda *_args, **_kwargs: {})
+    monkeypatch.setattr(VisionTransformer, "load_state_dict", lambda *_args: None)
+    with torch.device("meta"):
+        network = library_network(
+            "torchvision:vit_b_16", classes=1000, weights="IMAGENET1K_SWAG_E2E_V1"
+        )
+        assert network.arguments == {"image_size": 384}
+        assert vit_b_16(**network.arguments).image_size == 384
+
+
+@pytest.mark.parametrize(
+    ("reference", "weights", "size", "mean"),
+    [
+        ("torchvision:inception_v3", "DEFAULT", 299, IMAGENET_MEAN[0]),
+        ("torchvision:vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, IMAGENET_MEAN[0]),
+        ("torchvision:efficientnet_b7", "IMAGENET1K_V1", 600, IMAGENET_MEAN[0]),
+        ("timm:vit_base_patch16_224", "DEFAULT", 224, 0.5),
+        ("timm:vit_base_patch16_384", None, 384, 0.5),
+        ("timm:inception_v3", "DEFAULT", 299, 0.5),
+        ("timm:resnet18.a1_in1k", "some.safetensors", 224, IMAGENET_MEAN[0]),
+    ],
+)
+def test_images_are_prepared_as_the_weights_of_a_library_were_tested(
+    reference: str, weights: str | None, size: int, mean: float
+) -> None:
+    if reference.startswith("timm"):
+        pytest.importorskip("timm")
+    preparation = library_preparation(reference, weights)
+    assert preparation.size == (size, size)
+    assert preparation.mean[0] == pytest.approx(mean)
+    assert preparation.plain is not None
+    image = preparation.plain(Image.new("RGB", (50, 70), (128, 0, 0)))
+    assert image.shape == (3, size, size)
+    expected = (128 / 255 - preparation.mean[0]) / preparation.std[0]
+    torch.testing.assert_close(image[0, 9, 9], torch.tensor(expected))
+
+
+def test_a_torchvision_network_without_weights_of_its_own_takes_the_usual_images(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "own.pt").touch()
+    for weights in (None, str(tmp_path / "own.pt")):
+        assert library_preparation("torchvision:inception_v3", weights) == IMAGENET
+
+
+def test_what_no_library_knows_has_no_images_either() -> None:
+    with pytest.raises(ValueError, match="unknown torchvision model 'resnet5'"):
+        library_preparation("torchvision:resnet5", None)
+    with pytest.raises(ValueError, match="neither a file nor weights of torchvision:resnet18"):
+        library_preparation("torchvision:resnet18", "IMAGENET1K_V9")
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"unknown timm model 'resnet18\.bogus': Invalid"):
+        library_preparation("timm:resnet18.bogus", None)
 
 
 def test_a_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from paretoprune.experiments.data.datasets import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Preparation,
     cifar10,
     digits,
     image_folder,
@@ -140,6 +141,20 @@ def test_images_are_cropped_and_normalised(tmp_path: Path, test_folder: str) -> 
     )
     augmented, _ = train.read(torch.tensor([0]), torch.Generator().manual_seed(0))
     assert augmented.shape == (1, 3, 224, 224)
+
+
+def test_images_are_prepared_as_a_network_wants_them(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_images(tmp_path / part, each=1)
+    preparation = Preparation((64, 80), (0.5,) * 3, (0.25,) * 3, "bicubic")
+    train = image_folder(tmp_path, "train", preparation)
+    plain, _ = train.read(torch.tensor([1]))
+    augmented, _ = train.read(torch.tensor([1]), torch.Generator().manual_seed(0))
+    for images in (plain, augmented):
+        assert images.shape == (1, 3, 64, 80)
+        torch.testing.assert_close(images[0, 0, 9, 9], torch.tensor((100 / 255 - 0.5) / 0.25))
+    own = Preparation(plain=lambda image: torch.full((3, 224, 224), float(image.width)))
+    assert image_folder(tmp_path, "train", own).read(torch.tensor([0]))[0][0, 0, 0, 0] == 40
 
 
 def test_a_missing_image_folder_is_named(tmp_path: Path) -> None:

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 
+from paretoprune.experiments.data import opening
 from paretoprune.experiments.data.opening import load_data
 from paretoprune.experiments.data.sources import DatasetSource, ExampleArray
 
 MODULE = """
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 def pairs(count):
     return TensorDataset(torch.arange(float(count)).unsqueeze(1), torch.arange(count) % 4)
@@ -26,15 +35,67 @@ def datasets():
 def loaders():
     return DataLoader(pairs(40), batch_size=16, shuffle=True), DataLoader(pairs(8), batch_size=5)
 
+def sampled():
+    return DataLoader(pairs(40), batch_size=16, sampler=SubsetRandomSampler([4, 9, 1])), None
+
+class Noisy(Dataset):
+    targets = [index % 4 for index in range(8000)]
+
+    def __len__(self):
+        return 8000
+
+    def __getitem__(self, index):
+        return torch.rand(2), self.targets[index]
+
+def noisy():
+    return DataLoader(Noisy(), batch_size=100, shuffle=True), None
+
+def collate(examples):
+    return default_collate(examples)
+
+def own_collation():
+    return DataLoader(pairs(40), batch_size=16, collate_fn=collate), None
+
+def own_sampler():
+    weighted = WeightedRandomSampler([1.0] * 40, 40)
+    return DataLoader(pairs(40), batch_size=16, sampler=weighted), None
+
+def own_batches():
+    return DataLoader(pairs(40), batch_sampler=[[0, 1], [5, 2]]), None
+
+def some_of_them():
+    return DataLoader(pairs(40), batch_size=16, sampler=range(20)), None
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.zeros(3), 1
+
+def endless():
+    return DataLoader(Endless(), batch_size=1000), None
+
+class Named(Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return {"image": torch.zeros(3), "label": 1}
+
+def named():
+    return DataLoader(Named(), batch_size=16), None
+
 def batches():
     batch = (torch.zeros(6, 2, dtype=torch.float64), torch.arange(6))
     return [batch, batch, batch], None
 
 def many():
-    return [(torch.zeros(1000, 1), torch.arange(1000)) for _ in range(20)], None
+    return [(torch.zeros(1000, 1), torch.full((1000,), at)) for at in range(20)], None
 
 def empty():
     return [], None
+
+def no_examples():
+    return DataLoader(pairs(0)), None
 
 def one():
     return pairs(8)
@@ -102,16 +163,56 @@ def test_datasets_of_a_function() -> None:
     assert targets.tolist() == [0, 1, 2, 3] * 2
 
 
-def test_loaders_of_a_function_are_read_by_seed() -> None:
-    first, again, other = (load_data("user_data:loaders", seed=seed) for seed in (0, 0, 1))
-    assert isinstance(first.train, ExampleArray)
-    assert len(first.train) == 40
-    assert first.classes == 4
-    orders = [data.train.read(torch.arange(40))[0].tolist() for data in (first, again, other)]
+def test_of_a_loader_its_dataset_is_taken() -> None:
+    data = load_data("user_data:loaders")
+    assert isinstance(data.train, DatasetSource)
+    assert data.train.read(torch.arange(40))[0].flatten().tolist() == [*range(40)]
+    assert data.whole
+    assert data.classes == 4
+    assert data.test is not None
+    assert [len(targets) for _, targets in data.test()] == [5, 3]
+
+
+def test_a_loader_of_many_examples_trains_on_all_of_them_augmented_anew() -> None:
+    data = load_data("user_data:noisy")
+    assert len(data.train) == 8000
+    assert data.classes == 4
+    generator = torch.Generator().manual_seed(0)
+    first, second = (data.train.read(torch.arange(2), generator)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_a_loader_of_a_subset_keeps_to_it() -> None:
+    data = load_data("user_data:sampled")
+    assert data.train.read(torch.arange(len(data.train)))[0].flatten().tolist() == [4, 9, 1]
+    assert data.classes == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "examples"),
+    [("own_collation", 40), ("own_sampler", 40), ("own_batches", 4), ("some_of_them", 20)],
+)
+def test_a_loader_with_parts_of_its_own_is_read_whole(name: str, examples: int) -> None:
+    data = load_data(f"user_data:{name}")
+    assert isinstance(data.train, ExampleArray)
+    assert len(data.train) == examples
+    assert data.whole
+
+
+def test_a_loader_with_parts_of_its_own_is_read_by_seed() -> None:
+    read = [load_data("user_data:own_sampler", seed=seed).train for seed in (0, 0, 1)]
+    orders = [train.read(torch.arange(40))[0].tolist() for train in read]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
-    assert first.test is not None
-    assert [len(targets) for _, targets in first.test()] == [5, 3]
+
+
+def test_a_loader_that_memory_does_not_hold_is_cut_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "MEMORY", 100_000)
+    with pytest.warns(UserWarning, match=r"only the first 6,000 .* nothing can be fine-tuned"):
+        data = load_data("user_data:endless")
+    assert len(data.train) == 6000
+    assert not data.whole
+    assert data.classes is None
 
 
 def test_batches_of_a_function() -> None:
@@ -120,14 +221,18 @@ def test_batches_of_a_function() -> None:
     assert data.test is None
 
 
-def test_no_more_ready_batches_are_read_than_splits_can_take() -> None:
-    assert len(load_data("user_data:many").train) == 6000
+def test_ready_batches_are_taken_all() -> None:
+    data = load_data("user_data:many")
+    assert len(data.train) == 20_000
+    assert data.classes == 20
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("empty", "without examples"),
+        ("no_examples", "without examples"),
+        ("named", r"a batch is \(inputs, targets\) .* of user_data:named is a dict"),
         ("one", r"returns \(train, test\), but user_data:one returned a TensorDataset"),
         ("stream", "map-style Dataset, a DataLoader or a list .* returned a Stream"),
         ("tensors", r"a batch is \(inputs, targets\)"),

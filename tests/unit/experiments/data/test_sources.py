@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from paretoprune.experiments.data.sources import DatasetSource, ExampleArray, ImageArray, picked
+from paretoprune.experiments.data.sources import (
+    DatasetSource,
+    ExampleArray,
+    ImageArray,
+    lists_classes,
+    picked,
+)
 
 IMAGES = torch.arange(5 * 6 * 6 * 3, dtype=torch.uint8).view(5, 6, 6, 3)
 CLASSES = torch.tensor([0, 1, 2, 1, 0])
@@ -92,6 +98,36 @@ def test_a_dataset_lists_its_classes_or_has_none() -> None:
         assert labels.tolist() == [0, 1, 0, 1]
     for useless in (None, ["a", "b", "a", "b"], [0.5, 1.0, 0.5, 1.0], [0, 1], object()):
         assert DatasetSource(Pairs(useless)).labels() is None
+
+
+def test_datasets_of_torch_tell_the_classes_of_what_they_hold() -> None:
+    tensors = TensorDataset(torch.zeros(4, 1), torch.tensor([2, 0, 1, 2]))
+    listing = Pairs([0, 1, 0, 1])
+    joined: Dataset[Any] = ConcatDataset([Subset(tensors, [3, 1]), listing])
+    labels = DatasetSource(joined).labels()
+    assert labels is not None
+    assert labels.tolist() == [2, 0, 0, 1, 0, 1]
+    assert [lists_classes(DatasetSource(each)) for each in (listing, joined)] == [True, False]
+    unknown: tuple[Dataset[Any], ...] = (
+        TensorDataset(torch.zeros(4, 1)),
+        TensorDataset(torch.zeros(4, 1), torch.zeros(4)),
+        Subset(Pairs(), [0]),
+        ConcatDataset([tensors, Pairs()]),
+    )
+    assert all(DatasetSource(each).labels() is None for each in unknown)
+
+
+def test_a_dataset_that_augments_by_itself_is_seeded_too() -> None:
+    source = DatasetSource(Pairs(noise=1.0))
+
+    def read(*seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed[0]) if seed else None
+        inputs: Tensor = source.read(torch.arange(4), generator)[0]["x"]
+        return inputs
+
+    assert torch.equal(read(5), read(5))
+    assert not torch.equal(read(5), read(6))
+    assert torch.equal(read(), read())
 
 
 def test_a_dataset_augmentation_is_seeded_and_leaves_the_global_generator() -> None:
