@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Execution, Values
-from paretoprune.surgery.program import Instead, Node, as_call, shared_copy
+from paretoprune.surgery.program import (
+    Instead,
+    Node,
+    as_call,
+    constant_on,
+    device_of,
+    own_copy,
+    shared_copy,
+)
 
 Change = Callable[[Node, Values], Tensor | None]
 """Called after every operator; what it returns, if anything, takes the place of the value."""
@@ -44,7 +53,7 @@ class Outputs:
 
     def __init__(self, model: nn.Module, graph: PruningGraph, inputs: Any) -> None:
         few = torch.utils._pytree.tree_map_only(Tensor, lambda leaf: leaf[:2], inputs)
-        args, kwargs = as_call(few)
+        args, kwargs = as_call(own_copy(few))
         with torch.no_grad():
             returned = shared_copy(model).eval()(*args, **kwargs)
         self._leaves, self._spec = torch.utils._pytree.tree_flatten(returned)
@@ -77,9 +86,11 @@ def run(
         instead: By node, what computes its value from the operator and its arguments.
     """
     execution = Execution(graph)
-    args, kwargs = as_call(inputs)
+    args, kwargs = as_call(own_copy(inputs))
     named = {name: kwargs[name] for name in graph.program.keywords}
-    given = iter(torch.utils._pytree.tree_leaves((args, named)))
+    leaves = torch.utils._pytree.tree_leaves((args, named))
+    device = device_of(itertools.chain(tensors.values(), leaves))
+    given = iter(leaves)
     values: Values = {}
     batch = 0
     # the fused attention kernels have no second derivative
@@ -92,7 +103,7 @@ def run(
             elif node.kind == "parameter":
                 values[node.name] = tensors.get(node.target)
             elif node.kind == "constant":
-                values[node.name] = node.value
+                values[node.name] = constant_on(node, device)
             else:
                 if before is not None:
                     before(node, values)

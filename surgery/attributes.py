@@ -57,6 +57,15 @@ def size_attributes(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
     }
 
 
+def has_known_sizes(module: nn.Module) -> bool:
+    """Whether it is known which attributes of a module hold sizes: those of torch's layers.
+
+    Of other modules any integer may be one, and code may set some only when it runs.
+    """
+    known = isinstance(module, tuple(SHAPE_ATTRIBUTES))
+    return known or type(module).__module__.startswith("torch.")
+
+
 def _plain(value: Any) -> int | tuple[int, ...]:
     return value if isinstance(value, int) else tuple(value)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,32 +21,94 @@ from torch.nn.modules.module import (
 from paretoprune.surgery.execute import Execution
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
-from paretoprune.surgery.program import Instead, as_call
+from paretoprune.surgery.program import Instead, as_call, own_copy
 from paretoprune.surgery.prune import masked_tensors, prune
 
 _ONE_BY_ONE = 6
+_TINY = 16
+"""Groups of fewer units do not set the size that the self-check makes all groups equal to."""
 TOLERANCE = 1e-3
 """Differences above it, relative to the largest output, are no rounding."""
 ROUNDING = 1e-5
 """Differences below it are; those in between are looked at again in double precision."""
 
 
+def trial_plans(graph: PruningGraph) -> list[PruningPlan]:
+    """Returns the plans that the self-check tries, each over as many open groups as it can.
+
+    What is right by luck in one of them is wrong in another: code that takes one group's size for
+    another's fails where all sizes differ, code that compares sizes fails where they become
+    equal, and code that needs several groups to lose units together fails where some stay whole.
+    """
+    plans = [whole_plan(graph), _level_plan(graph), _random_plan(graph)]
+    return [plan for plan in dict.fromkeys(plans) if plan.kept]
+
+
 def half_plan(graph: PruningGraph, names: Sequence[str]) -> PruningPlan:
     """Returns a plan that keeps about half of the units of the named groups.
 
-    Neighbouring groups keep different shares, and none exactly a half, so that code which derives
-    one size from another cannot come out right by luck.
+    Neighbouring groups keep different shares, groups of one size different numbers of units while
+    there are any, and none exactly a half, so that code which derives one size from another
+    cannot come out right by luck.
     """
+    used: Counter[tuple[int, int]] = Counter()
     kept = {}
-    for index, name in enumerate(graph.groups):
-        size = graph.groups[name].size
-        if name in names and size > 1:
-            share = (1 / 2, 1 / 3, 2 / 3)[index % 3]
-            count = round(size * share)
-            if size > 4:  # an odd number, below the share, is no multiple of a head's width
-                count -= 1 + count % 2
-            count = min(max(count, 1), size - 1)
-            kept[name] = tuple(unit * size // count for unit in range(count))
+    for index, group in enumerate(graph.groups.values()):
+        size = group.size
+        if size < 2:
+            continue
+        count = min(_counts(size, index), key=lambda count: used[size, count])
+        used[size, count] += 1
+        if group.name in names:
+            kept[group.name] = _spread(size, count)
+    return PruningPlan(kept)
+
+
+def _counts(size: int, index: int) -> list[int]:
+    """Returns how many of `size` units to keep, the best choice of group `index` first."""
+    counts = []
+    for share in (1 / 2, 1 / 3, 2 / 3):
+        count = round(size * share)
+        if size > 4:  # an odd number, below the share, is no multiple of a head's width
+            count -= 1 + count % 2
+        counts.append(min(max(count, 1), size - 1))
+    first = index % len(counts)
+    few = range(size // 4 | 1, size - size // 4 + 1, 2) if size > 4 else range(1, size)
+    return list(dict.fromkeys([*counts[first:], *counts[:first], *few]))
+
+
+def _spread(size: int, count: int) -> tuple[int, ...]:
+    return tuple(unit * size // count for unit in range(count))
+
+
+def _level_plan(graph: PruningGraph) -> PruningPlan:
+    """Returns a plan after which all open groups that are large enough have the same size.
+
+    A few tiny groups (the squeezes of excitations) do not make all others as thin.
+    """
+    sizes = [group.size for group in graph.open_groups]
+    least = min((size for size in sizes if size >= _TINY), default=min(sizes, default=2))
+    count = max(2, least * 3 // 4)  # averages over one channel say nothing
+    return PruningPlan(
+        {
+            group.name: _spread(group.size, count)
+            for group in graph.open_groups
+            if group.size > count
+        }
+    )
+
+
+def _random_plan(graph: PruningGraph) -> PruningPlan:
+    """Returns a plan that leaves half of the open groups whole, the same one every time."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [group for group in graph.open_groups if group.size > 1]
+    order = torch.randperm(len(groups), generator=generator).tolist()
+    kept = {}
+    for group in (groups[index] for index in order[len(groups) // 2 :]):
+        least = min(max(2, group.size // 4), group.size - 1)
+        count = int(torch.randint(least, group.size, (1,), generator=generator))
+        units = torch.randperm(group.size, generator=generator)[:count]
+        kept[group.name] = tuple(units.tolist())
     return PruningPlan(kept)
 
 
@@ -72,8 +135,23 @@ def masked_outputs(
     if instead:
         values = Execution(graph).run(masked, inputs, instead=instead)
         return [values[name] for name in graph.program.outputs]
-    args, kwargs = as_call(inputs)
-    return _tensors(functional_call(model, masked, args, kwargs))
+    args, kwargs = as_call(own_copy(inputs))
+    # Tying is left to `_in_place`: torch's own puts a tensor twice into a module of two names, and
+    # takes it out once.
+    placed = _in_place(model, masked)
+    return _tensors(functional_call(model, placed, args, kwargs, tie_weights=False))
+
+
+def _in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors given by first names by every place in a module, each place once."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    first = {id(tensor): name for name, tensor in named}
+    return {
+        f"{path}.{key}" if path else key: tensors[first[id(tensor)]]
+        for path, module in model.named_modules()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 def _over_kept(dim: int, kept: Tensor) -> Instead:
@@ -126,7 +204,10 @@ def attempt(
         plan: What to keep.
         example_inputs: Inputs of the run.
     """
-    small = prune(dense, graph, plan)
+    try:
+        small = prune(dense, graph, plan)
+    except Exception as error:  # a module refuses to be copied, or the size it is given
+        return Attempt(None, f"pruning raises {_in_one_line(error)}")
     names = {module: name for name, module in small.named_modules()}
     running: list[str] = []
 
@@ -136,19 +217,23 @@ def attempt(
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         running.pop()
 
-    args, kwargs = as_call(example_inputs)
+    args, kwargs = as_call(own_copy(example_inputs))
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Attempt(_tensors(small(*args, **kwargs)))
     except Exception as error:  # the code of the model depends on a size that changed
-        first = (str(error).splitlines() or [""])[0]
-        said = f"the pruned network raises {type(error).__name__}: {first[:120]}"
+        said = f"the pruned network raises {_in_one_line(error)}"
         return Attempt(None, said, running[-1] if running else "")
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _in_one_line(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:120]}"
 
 
 def whole_plan(graph: PruningGraph) -> PruningPlan:
@@ -160,7 +245,7 @@ def broken(
     dense: nn.Module,
     graph: PruningGraph,
     example_inputs: Any,
-    first: Attempt,
+    runs: Mapping[PruningPlan, Attempt],
     *,
     exhaustive: bool = False,
 ) -> tuple[dict[str, str], set[str]]:
@@ -170,21 +255,21 @@ def broken(
         dense: The dense network, as `telling_copy` returns it.
         graph: Its graph.
         example_inputs: Inputs of the comparison.
-        first: The attempt at `whole_plan`.
+        runs: The attempts at the `trial_plans`.
         exhaustive: Also lose every unit of every group once, without the others, and every block
             alone.
     """
     reasons: dict[str, str] = {}
-    whole = whole_plan(graph)
 
     def plan_fails(plan: PruningPlan) -> bool:
-        run = first if plan == whole else attempt(dense, graph, plan, example_inputs)
+        run = runs.get(plan) or attempt(dense, graph, plan, example_inputs)
         error = _error(run, lambda: masked_outputs(dense, graph, plan, example_inputs))
         fails = isinstance(error, str) or not error <= ROUNDING
         if isinstance(error, float) and ROUNDING < error <= TOLERANCE:
             fails = not _is_rounding(dense, graph, plan, example_inputs)
         said = error if isinstance(error, str) else f"outputs differ by {error:.1e} of their size"
-        reasons.update(dict.fromkeys(plan.kept, f"the self-check failed: {said}"))
+        if fails:
+            reasons.update(dict.fromkeys(plan.kept, f"the self-check failed: {said}"))
         return fails
 
     def group_fails(names: Sequence[str]) -> bool:
@@ -199,7 +284,15 @@ def broken(
         return isinstance(error, str) or not error <= TOLERANCE
 
     names = [group.name for group in graph.open_groups]
-    guilty = _guilty(names, group_fails)
+    guilty: list[str] = []
+    for plan in runs:
+        kept = plan.kept
+
+        def part_fails(some: Sequence[str], kept: Mapping[str, tuple[int, ...]] = kept) -> bool:
+            return plan_fails(PruningPlan({name: kept[name] for name in some}))
+
+        left = [name for name in names if name in kept and name not in guilty]
+        guilty += _guilty(left, part_fails)
     blocks = set(_guilty(list(graph.blocks), block_fails))
     if exhaustive:
         for name in names:
@@ -264,9 +357,27 @@ def _guilty(names: list[str], fails: Callable[[Sequence[str]], bool]) -> list[st
         middle = len(names) // 2
         guilty = _guilty(names[:middle], fails) + _guilty(names[middle:], fails)
     rest = [name for name in names if name not in guilty]
-    if rest and (not guilty or fails(rest)):  # only the combination fails: keep none of it
-        return names
+    while rest and (not guilty or fails(rest)):  # only a combination fails: keep none of it
+        guilty = [*guilty, *_combination(rest, fails)]
+        rest = [name for name in names if name not in guilty]
     return guilty
+
+
+def _combination(names: list[str], fails: Callable[[Sequence[str]], bool]) -> list[str]:
+    """Returns some of the names, which fail together, that do so without the others.
+
+    The shortest beginning of the list that fails ends with one of them, which is held while the
+    next is looked for in front of it.
+    """
+    held: list[str] = []
+    while names and (not held or not fails(held)):
+        low, high = 0, len(names)  # so many from the list do not fail, and do
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fails([*names[:middle], *held]) else (middle, high)
+        held.append(names[high - 1])
+        names = names[: high - 1]
+    return held
 
 
 def _error(run: Attempt, reference: Callable[[], Iterable[Any]]) -> float | str:

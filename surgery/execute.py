@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
-from paretoprune.surgery.program import Instead, Node, Program, as_call, call
+from paretoprune.surgery.program import (
+    Instead,
+    Node,
+    Program,
+    as_call,
+    call,
+    constant_on,
+    device_of,
+    own_copy,
+)
 from paretoprune.surgery.resize import resized
 
 Values = dict[str, Any]
@@ -38,6 +48,8 @@ class Execution:
         self._skipped = frozenset().union(*(extent.nodes for extent in extents))
         self._aliases = {extent.result: extent.source for extent in extents}
         self._last_use = self._lifetimes()
+        nodes = self.program.nodes.values()
+        self._parameters = [node.name for node in nodes if node.kind == "parameter"]
 
     def run(
         self,
@@ -73,7 +85,9 @@ class Execution:
             if isinstance(model, nn.Module)
             else model
         )
-        leaves = iter(self._leaves(inputs))
+        given = self._leaves(own_copy(inputs))
+        device = device_of(itertools.chain(tensors.values(), given))
+        leaves = iter(given)
         values: Values = {}
         batch: int | None = None
         needed = self._needed(zeroed) if zeroed else None
@@ -86,7 +100,7 @@ class Execution:
                 elif node.kind == "parameter":
                     values[node.name] = tensors.get(node.target)
                 elif node.kind == "constant":
-                    values[node.name] = node.value
+                    values[node.name] = constant_on(node, device)
                 elif node.name in self._skipped:
                     if node.name in self._aliases:
                         values[node.name] = values[self._aliases[node.name]]
@@ -99,7 +113,7 @@ class Execution:
                     if before is not None:
                         before(node, values)
                     computed = None if instead is None else instead.get(node.name)
-                    values[node.name] = self._call(node, values, batch or 1, computed)
+                    values[node.name] = self._call(node, values, batch or 1, device, computed)
                     if after is not None:
                         after(node, values)
                 if node.name == until:
@@ -117,9 +131,10 @@ class Execution:
     ) -> Values:
         """Returns `values` with some nodes run before their turn; `values` stays as it is."""
         known = dict(values)
+        device = self._device(values)
         for name in names:
             computed = None if instead is None else instead.get(name)
-            known[name] = self._call(self.program.nodes[name], known, batch, computed)
+            known[name] = self._call(self.program.nodes[name], known, batch, device, computed)
         return known
 
     def _needed(self, zeroed: Collection[str]) -> set[str]:
@@ -154,12 +169,22 @@ class Execution:
         return torch.utils._pytree.tree_leaves((args, {name: kwargs[name] for name in names}))
 
     def _call(
-        self, node: Node, values: Values, batch: int, computed: Instead | None = None
+        self,
+        node: Node,
+        values: Values,
+        batch: int,
+        device: torch.device,
+        computed: Instead | None = None,
     ) -> Any:
         def scaled(size: int) -> int:
             return size // self.program.batch * batch
 
-        return call(self._resized.get(node.name, node), values, scaled, computed)
+        return call(self._resized.get(node.name, node), values, scaled, device, computed)
+
+    def _device(self, values: Values) -> torch.device:
+        """Returns where the weights are; constants among the values may still be elsewhere."""
+        weights = (values[name] for name in self._parameters if name in values)
+        return device_of(itertools.chain(weights, values.values()))
 
     def _lifetimes(self) -> dict[str, list[str]]:
         """Returns, by node, the values that nobody reads after it."""

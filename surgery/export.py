@@ -30,6 +30,8 @@ from paretoprune.surgery.program import (
 _SIZES = {"size", "sizes", "shape", "repeats", "split_size", "split_sizes", "start", "end"}
 _PRIMES = (97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _END = 2**63 - 1  # what a slice without end has as its end
+# Says where a value was when it was traced, which is no part of what the network computes.
+_WHERE_IT_WAS = "aten._assert_tensor_metadata.default"
 
 
 def export_program(model: nn.Module, example_inputs: Any) -> Program:
@@ -50,7 +52,9 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
     rows = _batch(args, kwargs)
     sizes = [tensor.shape for tensor in (*model.parameters(), *model.buffers())]
     sizes += [leaf.shape[1:] for leaf in _tensors((args, kwargs))]
-    prime = next(p for p in _PRIMES if all(size % p for shape in sizes for size in shape))
+    prime = next(
+        p for p in _PRIMES if all(size % p or not size for shape in sizes for size in shape)
+    )
 
     def many(value: Any) -> Any:
         whole = isinstance(value, Tensor) and value.ndim and len(value) == rows
@@ -149,11 +153,14 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 value = exported.constants.get(str(spec.target))
                 nodes[name] = Node(name, "constant", str(spec.target), shape=shape, value=value)
         elif fx_node.op == "call_function":
+            target = _target_name(fx_node.target)
+            if target == _WHERE_IT_WAS:
+                continue
             calls, module = _stack(fx_node.meta)
             nodes[name] = Node(
                 name,
                 "call",
-                _target_name(fx_node.target),
+                target,
                 args=_plain(fx_node.args),
                 kwargs=_plain(dict(fx_node.kwargs)),
                 shape=shape,

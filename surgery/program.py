@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,6 +133,22 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def own_copy(inputs: Any) -> Any:
+    """Returns the inputs with every tensor cloned: a network may change its input in place."""
+    return torch.utils._pytree.tree_map_only(Tensor, torch.clone, inputs)
+
+
+def device_of(values: Iterable[Any]) -> torch.device:
+    """Returns the device of the first tensor; the CPU if there is none."""
+    found = (value.device for value in values if isinstance(value, Tensor))
+    return next(found, torch.device("cpu"))
+
+
+def constant_on(node: Node, device: torch.device) -> Tensor | None:
+    """Returns the tensor of a constant on a device; no module carries it there with the model."""
+    return None if node.value is None else node.value.to(device)
+
+
 Instead = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any]
 """(operator, args, kwargs) -> what stands for the operator's value."""
 
@@ -141,6 +157,7 @@ def call(
     node: Node,
     values: Mapping[str, Any],
     scaled: Callable[[int], int],
+    device: torch.device,
     computed: Instead | None = None,
 ) -> Any:
     """Returns the value of a call.
@@ -149,6 +166,7 @@ def call(
         node: The call.
         values: The values that it reads, by name.
         scaled: Turns a multiple of the traced batch size into that of this batch.
+        device: Where the network is now; the code may have written down where it was traced.
         computed: What computes the value instead of the operator.
     """
 
@@ -157,6 +175,8 @@ def call(
             return values[value.name]
         if isinstance(value, BatchSize):
             return scaled(value)
+        if isinstance(value, torch.device):
+            return device
         if isinstance(value, (tuple, list)):
             return type(value)(resolve(item) for item in value)
         return value

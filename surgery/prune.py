@@ -37,15 +37,9 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
     """
     mask = graph.kept_mask(plan)
     keep = _kept_positions(graph, mask)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    memo: dict[int, Any] = {}
-    for name in plan.removed:
-        memo[id(modules[name])] = Skip().train(model.training)
-    outside = {
-        name: module
-        for name, module in modules.items()
-        if name not in plan.removed and not _inside(name, plan.removed)
-    }
+    removed = [model.get_submodule(name) for name in plan.removed]
+    memo: dict[int, Any] = {id(block): Skip().train(model.training) for block in removed}
+    outside = modules_outside(model, removed)
     aliases: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for module_name, module in outside.items():
@@ -65,7 +59,8 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
     _follow(copies, graph, mask, touched)
     for name, recording in graph.recorded.items():
         if name in copies and any(parameter.startswith(f"{name}.") for parameter in touched):
-            small.set_submodule(name, Recorded(copies[name], recording.resized(graph, mask)))
+            runner = Recorded(copies[name], recording.resized(graph, mask))
+            replace_module(small, name, runner)
     _forget_caches(copies.values())
     return small
 
@@ -84,8 +79,45 @@ def _forget_caches(modules: Iterable[nn.Module]) -> None:
                 inner.training = mode
 
 
-def _inside(name: str, blocks: tuple[str, ...]) -> bool:
-    return any(name.startswith(f"{block}.") for block in blocks)
+def modules_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Returns what is left of a network without some of its modules, under all its names.
+
+    A module may be registered in several places; it is outside if any of them is.
+
+    Args:
+        model: The network.
+        blocks: Modules of it that go, wherever they are registered.
+    """
+    gone = {id(block) for block in blocks}
+    inside: set[str] = set()
+    outside = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in gone or (name and name.rpartition(".")[0] in inside):
+            inside.add(name)
+        else:
+            outside[name] = module
+    return outside
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts another module where one is, in all places where it is registered.
+
+    Args:
+        model: The network, changed in place.
+        name: Any of the module's names.
+        new: What stands there from now on.
+
+    Raises:
+        AttributeError: If there is no such module.
+        ValueError: If it is the network itself.
+    """
+    old = model.get_submodule(name)
+    if old is model:
+        raise ValueError("a network cannot be replaced within itself")
+    for module in [*model.modules()]:
+        for key, child in module._modules.items():
+            if child is old:
+                module._modules[key] = new
 
 
 def _kept_positions(graph: PruningGraph, mask: Tensor) -> dict[str, dict[int, Tensor]]:
@@ -163,7 +195,8 @@ def masked_tensors(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> 
     """Returns the dense parameters and buffers with every unit that goes zeroed in all slices.
 
     `torch.func.functional_call(model, masked, inputs)` then computes what the pruned network
-    does: the oracle of surgery.
+    does: the oracle of surgery. Where a module is registered twice, pass `tie_weights=False`, or
+    torch leaves the zeros in the model.
 
     Raises:
         ValueError: If the plan does not fit the network.

@@ -6,12 +6,16 @@ import copy
 from collections.abc import Sized
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from paretoprune.surgery.inputs import Batches
 from paretoprune.surgery.program import as_call
 from paretoprune.surgery.progress import Parts
+
+
+def _statistics(norm: _NormBase) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
 
 def recalibrate(
@@ -20,7 +24,8 @@ def recalibrate(
     """Returns a copy whose BatchNorm statistics are those of the calibration batches.
 
     Statistics are the plain average over batches; 1,000 to 2,000 class-balanced training images
-    with the training augmentation are enough. A network without BatchNorm comes back unchanged.
+    with the training augmentation are enough. A network without BatchNorm comes back unchanged,
+    and so do norms that no batch reaches, as in an auxiliary head.
 
     Args:
         small: A network; left untouched.
@@ -38,6 +43,7 @@ def recalibrate(
     ]
     modes = {module: module.training for module in result.modules()}
     momenta = [norm.momentum for norm in norms]
+    statistics = [_statistics(norm) for norm in norms]
     result.eval()
     for norm in norms:
         norm.train()
@@ -54,8 +60,11 @@ def recalibrate(
                 progress(done, total)
     if not done:
         raise ValueError("recalibration needs calibration data, but got no batch.")
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, before in zip(norms, momenta, statistics, strict=True):
         norm.momentum = momentum
+        if norm.num_batches_tracked is not None and not norm.num_batches_tracked:
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(before[name])
     for module, training in modes.items():
         module.training = training
     return result

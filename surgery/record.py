@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from paretoprune.surgery.execute import Execution, Values
@@ -28,6 +29,7 @@ from paretoprune.surgery.program import (
     Ref,
     as_call,
     call,
+    own_copy,
     resolve_target,
 )
 from paretoprune.surgery.resize import resized
@@ -121,33 +123,66 @@ class Recorded(nn.Module):
         """Returns what the module would."""
         leaves = pytree.tree_leaves((args, kwargs))
         # Not len: an export of the pruned network may make it symbolic.
-        rows = next(leaf.shape[0] for leaf in leaves if _has_rows(leaf))
+        first = next(leaf for leaf in leaves if _has_rows(leaf))
+        rows = first.shape[0]
         names = self.recording.inputs
         values: Values = {n: v for n, v in zip(names, leaves, strict=True) if n is not None}
 
         def scaled(size: int) -> int:
             return int(size) * rows // self.recording.batch  # type: ignore[no-any-return]
 
-        for step in self.recording.steps:
+        steps = self.recording.steps
+        tensors = {step.name: step.target for step in steps if step.kind == "parameter"}
+        for step in steps:
             if step.kind == "parameter":
                 values[step.name] = self._tensor(step.target)
             else:
-                values[step.name] = call(self._in_mode(step), values, scaled)
+                values[step.name] = call(
+                    self._in_mode(step, tensors), values, scaled, first.device
+                )
         return _filled(self.recording.outputs, values)
 
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         return getattr(self.get_submodule(path), leaf)  # type: ignore[no-any-return]
 
-    def _in_mode(self, step: Node) -> Node:
-        """Returns the step in the module's mode: recorded in eval mode, trained with dropout."""
-        if not self.training:
-            return step
-        if step.operator in _DROPOUTS:
+    def _in_mode(self, step: Node, tensors: Mapping[str, str]) -> Node:
+        """Returns the step in the module's mode: recorded in eval mode, trained with dropout.
+
+        Args:
+            step: An operation.
+            tensors: Names of parameters and buffers, by the names of their values.
+        """
+        if step.operator == "batch_norm" and isinstance(step.args[3], Ref):
+            return self._normalizing(step, tensors.get(step.args[3].name, ""))
+        if self.training and step.operator in _DROPOUTS:
             return dataclasses.replace(step, args=(*step.args[:2], True))
-        if step.operator == "batch_norm":
-            return dataclasses.replace(step, args=(*step.args[:5], True, *step.args[6:]))
         return step
+
+    def _normalizing(self, step: Node, mean: str) -> Node:
+        """Returns a batch norm in the mode of the module that owns its running mean.
+
+        A norm has a mode and a momentum of its own, and counts its batches: recalibration trains
+        norms alone, and averages over all batches.
+        """
+        owner = self.get_submodule(mean.rpartition(".")[0])
+        if not owner.training:
+            return step
+        momentum = step.args[6]
+        if isinstance(owner, _NormBase):
+            momentum = _counted_momentum(owner)
+        return dataclasses.replace(step, args=(*step.args[:5], True, momentum, *step.args[7:]))
+
+
+def _counted_momentum(norm: _NormBase) -> float:
+    """Counts a batch of training; returns the share that it has in the running statistics."""
+    if not norm.track_running_stats:
+        return 0.0
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the plain average over all batches
+            return 1 / float(norm.num_batches_tracked)
+    return norm.momentum or 0.0
 
 
 def is_known(target: str) -> bool:
@@ -219,7 +254,7 @@ def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[
 
         module = model.get_submodule(name)
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    args, kwargs = as_call(example_inputs)
+    args, kwargs = as_call(own_copy(example_inputs))
     try:
         with unfused(), torch.no_grad():  # values are compared with those of the program
             model(*args, **kwargs)
@@ -272,9 +307,7 @@ def _recorded(
             if position is None or inputs[position] is not None:
                 return None
             inputs[position] = ref
-    for node in nodes.values():  # where the tensors are, and not where they were
-        kwargs = {key: value for key, value in node.kwargs.items() if key != "device"}
-        steps.append(dataclasses.replace(node, kwargs=kwargs))
+    steps += nodes.values()
     named = {key: value for key, value in values.items() if key in nodes}
     outputs = _names(output, named)
     rows = next((len(leaf) for leaf in arguments if _has_rows(leaf)), 0)
@@ -335,6 +368,8 @@ def _encoded(value: Any) -> Any:
         return {"batch": int(value)}
     if isinstance(value, _TYPES):
         return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):  # `call` puts the one of the inputs in its place
+        return {"device": "cpu"}
     if isinstance(value, tuple):
         return {"tuple": [_encoded(item) for item in value]}
     if isinstance(value, list):
@@ -363,6 +398,8 @@ def _decoded(value: Any) -> Any:
             return {key: _decoded(part) for key, part in item.items()}
         case "float":
             return float(item)
+        case "device":
+            return torch.device("cpu")
         case "torch":
             found = getattr(torch, item, None)
             if isinstance(found, _TYPES):

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paretoprune.surgery.attention import PrunedMultiheadAttention
-from paretoprune.surgery.attributes import set_attribute, size_attributes
+from paretoprune.surgery.attributes import has_known_sizes, set_attribute, size_attributes
 from paretoprune.surgery.errors import UnsupportedModel
 from paretoprune.surgery.plan import PruningPlan
+from paretoprune.surgery.prune import replace_module
 from paretoprune.surgery.record import CONSTANT, Recorded, Recording
 from paretoprune.surgery.skip import Skip
 
@@ -223,7 +224,7 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
 def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Gives the dense network the export's tensors and layer attributes, in place."""
     for name in described["plan"]["removed"]:
-        model.set_submodule(name, Skip())
+        replace_module(model, name, Skip())
     for name, recording in described["recorded"].items():
         prefix = f"{name}.{CONSTANT}"
         constants = {
@@ -232,21 +233,8 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
             if key.startswith(prefix)
         }
         runner = Recorded(model.get_submodule(name), Recording.from_json(recording, constants))
-        model.set_submodule(name, runner)
-    layers = _sizes(model)
-    odd = sorted(set(layers) ^ set(described["layers"]))
-    if odd:
-        raise LookupError(f"layer {odd[0]!r} is in one of them only")
-    for name, sizes in described["layers"].items():
-        if set(sizes) != set(layers[name]):
-            raise LookupError(
-                f"layer {name!r} has the sizes {', '.join(layers[name])} and not "
-                f"{', '.join(sorted(sizes))}"
-            )
-        for key, value in sizes.items():
-            if not _is_size(value):
-                raise LookupError(f"{key} of layer {name!r} is no size: {value!r}")
-            set_attribute(model.get_submodule(name), key, value)
+        replace_module(model, name, runner)
+    _set_sizes(model, described["layers"])
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     odd = sorted(set(tensors) ^ set(state))
     if odd:
@@ -258,6 +246,29 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             PrunedMultiheadAttention.convert_unless_whole(module)
+
+
+def _set_sizes(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -> None:
+    """Sets the sizes that an export describes, in place.
+
+    An integer that a module of the user's has on one side only is one that its code sets when it
+    runs: it is no size of the architecture and stays as it is.
+    """
+    layers = _sizes(model)
+    for name in sorted({*layers, *described}):
+        module = model.get_submodule(name)
+        found, wanted = layers.get(name, {}), described.get(name, {})
+        if has_known_sizes(module) and set(found) != set(wanted):
+            if not found or not wanted:
+                raise LookupError(f"layer {name!r} is in one of them only")
+            raise LookupError(
+                f"layer {name!r} has the sizes {', '.join(found)} and not "
+                f"{', '.join(sorted(wanted))}"
+            )
+        for key in found.keys() & wanted.keys():
+            if not _is_size(wanted[key]):
+                raise LookupError(f"{key} of layer {name!r} is no size: {wanted[key]!r}")
+            set_attribute(module, key, wanted[key])
 
 
 def _is_size(value: Any) -> bool:

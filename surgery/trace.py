@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.blocks import find_blocks
-from paretoprune.surgery.check import attempt, broken, telling_copy, whole_plan
+from paretoprune.surgery.check import Attempt, attempt, broken, telling_copy, trial_plans
 from paretoprune.surgery.cost import Factor, Polynomial, Term
 from paretoprune.surgery.export import export_program
 from paretoprune.surgery.graph import Cut, Extent, Number, PruningGraph
 from paretoprune.surgery.groups import Block, ChannelSlice, PrunableGroup
 from paretoprune.surgery.labels import Labels
+from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Program
+from paretoprune.surgery.prune import modules_outside
 from paretoprune.surgery.record import Recording, record
 from paretoprune.surgery.resize import VIEWS
 from paretoprune.surgery.tracer import Tracer
@@ -26,14 +28,16 @@ def trace(model: nn.Module, example_inputs: Any, *, exhaustive: bool = False) ->
     """Returns the prunable groups, removable blocks and costs of a network.
 
     The network is exported once and walked on channel labels. Then about half the units of every
-    group are pruned and compared with the masked dense network, and likewise the blocks; what
-    differs is narrowed down and frozen. The model is left untouched.
+    group are pruned and compared with the masked dense network, then as many of all groups, then
+    some of half of the groups, and likewise the blocks; what differs is narrowed down and frozen.
+    The model is left untouched.
 
     Args:
         model: A module that `torch.export` accepts; random or trained.
         example_inputs: A tensor, tuple of arguments or dict of keyword arguments; batch first.
-        exhaustive: Whether the self-check, which costs two forward passes, goes on to lose every
-            unit of every group once without the others, and every block alone.
+        exhaustive: Whether the self-check, which costs two forward passes for each of three
+            plans, goes on to lose every unit of every group once without the others, and every
+            block alone.
 
     Raises:
         UnsupportedModel: If `torch.export` refuses the model.
@@ -45,24 +49,43 @@ def trace(model: nn.Module, example_inputs: Any, *, exhaustive: bool = False) ->
     tracer.parameter_axes(classes, frozen)
     groups, unit_of_class = _form_groups(tracer, classes, frozen)
     extents = find_blocks(program)
+    inside = {name: _inside(model, name) for name in extents}
     telling = telling_copy(model)
     recorded: dict[str, Recording] = {}
     while True:
-        graph = _build(tracer, classes, groups, unit_of_class, extents, recorded)
-        first = attempt(telling, graph, whole_plan(graph), example_inputs)
-        more = _recordings(telling, graph, example_inputs, first.module)
+        graph = _build(tracer, classes, groups, unit_of_class, extents, inside, recorded)
+        runs, more = _try(telling, graph, example_inputs)
         if not more:
             break
         recorded |= more
     groups_broken, blocks_broken = broken(
-        telling, graph, example_inputs, first, exhaustive=exhaustive
+        telling, graph, example_inputs, runs, exhaustive=exhaustive
     )
     if groups_broken or blocks_broken:
         for name, reason in groups_broken.items():
             groups[name] = dataclasses.replace(groups[name], frozen=reason)
         extents = {name: e for name, e in extents.items() if name not in blocks_broken}
-        graph = _build(tracer, classes, groups, unit_of_class, extents, recorded)
+        graph = _build(tracer, classes, groups, unit_of_class, extents, inside, recorded)
     return graph
+
+
+def _try(
+    model: nn.Module, graph: PruningGraph, example_inputs: Any
+) -> tuple[dict[PruningPlan, Attempt], dict[str, Recording]]:
+    """Returns the attempts at the plans of the self-check, up to one that asks for recordings.
+
+    Args:
+        model: The dense network.
+        graph: Its graph.
+        example_inputs: Inputs of one run.
+    """
+    runs: dict[PruningPlan, Attempt] = {}
+    for plan in trial_plans(graph):
+        runs[plan] = attempt(model, graph, plan, example_inputs)
+        found = _recordings(model, graph, example_inputs, runs[plan].module)
+        if found:
+            return runs, found
+    return runs, {}
 
 
 def _recordings(
@@ -79,12 +102,14 @@ def _recordings(
         example_inputs: Inputs of one run.
         path: The innermost module that raises; empty if none does.
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    known = {id(modules[name]) for name in graph.recorded}
     while path:
-        if path in graph.recorded:  # its sizes follow, so something else is wrong
+        if id(modules[path]) in known:  # its sizes follow, so something else is wrong
             break
-        kind = type(model.get_submodule(path))
+        kind = type(modules[path])
         if not kind.__module__.startswith("torch."):
-            alike = [name for name, module in model.named_modules() if type(module) is kind]
+            alike = [name for name, module in modules.items() if type(module) is kind]
             found = record(model, graph, alike, example_inputs)
             return {name: item for name, item in found.items() if name not in graph.recorded}
         path = path.rpartition(".")[0]
@@ -185,6 +210,7 @@ def _build(
     groups: Mapping[str, PrunableGroup],
     members: Mapping[str, Tensor],
     extents: Mapping[str, Extent],
+    inside: Mapping[str, Collection[str]],
     recorded: Mapping[str, Recording],
 ) -> PruningGraph:
     program = tracer.program
@@ -214,13 +240,17 @@ def _build(
         )
         for term in tracer.terms
     ]
+
+    def gone_with(parameter: str) -> frozenset[int]:
+        return frozenset(i for i, n in enumerate(names) if parameter in inside[n])
+
     shapes = {  # by name, so that a tied parameter counts once
         node.target: node.shape
         for node in program.nodes.values()
         if node.kind == "parameter" and node.name.startswith("p_")
     }
     params = [
-        _params_term(name, shape, tracer, factor, names)  # type: ignore[arg-type]
+        _params_term(name, shape, tracer, factor, gone_with(name))  # type: ignore[arg-type]
         for name, shape in shapes.items()
     ]
     lines: dict[tuple[int, ...], Tensor] = {}  # equal lines are one tensor: found once per plan
@@ -235,7 +265,7 @@ def _build(
     return PruningGraph(
         program,
         groups,
-        {name: Block(name, _inner(name, groups)) for name in names},
+        {name: Block(name, _inner(inside[name], groups)) for name in names},
         units={key: value for key, value in units.items() if bool((value >= 0).any())},
         pads=pads,
         layouts=_layouts(program, tracer, unit, classes),
@@ -258,7 +288,7 @@ def _build(
 
 
 def _params_term(
-    name: str, shape: tuple[int, ...], tracer: Tracer, factor: Any, names: Any
+    name: str, shape: tuple[int, ...], tracer: Tracer, factor: Any, blocks: frozenset[int]
 ) -> Term:
     rest = 1
     factors = []
@@ -267,8 +297,7 @@ def _params_term(
             factors.append(factor(tracer.axes[name, axis]))
         else:
             rest *= size
-    inside = frozenset(i for i, block in enumerate(names) if name.startswith(f"{block}."))
-    return Term(rest, tuple(factors), inside)
+    return Term(rest, tuple(factors), blocks)
 
 
 def _numbers(tracer: Tracer, unit: Tensor, classes: Tensor) -> dict[str, tuple[Number, ...]]:
@@ -294,9 +323,25 @@ def _layouts(program: Program, tracer: Tracer, unit: Tensor, classes: Tensor) ->
     return layouts
 
 
-def _inner(block: str, groups: Mapping[str, PrunableGroup]) -> tuple[str, ...]:
+def _inside(model: nn.Module, block: str) -> frozenset[str]:
+    """Returns the parameters and buffers, by their first names, that go with a block.
+
+    Not by their names: a block may be registered in several places, of which each tensor's first
+    name tells another one than the block's.
+    """
+    outside = modules_outside(model, [model.get_submodule(block)]).values()
+    staying = {
+        id(tensor)
+        for module in outside
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    }
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return frozenset(name for name, tensor in tensors if id(tensor) not in staying)
+
+
+def _inner(inside: Collection[str], groups: Mapping[str, PrunableGroup]) -> tuple[str, ...]:
     return tuple(
         group.name
         for group in groups.values()
-        if all(item.parameter.startswith(f"{block}.") for item in group.slices)
+        if all(item.parameter in inside for item in group.slices)
     )

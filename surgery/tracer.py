@@ -39,6 +39,7 @@ class Tracer:
         producers: Parameter axes whose channels an operator makes, in execution order.
         pads: For every channel-padding module its (dim, labels of the padded value).
         weights: Names of the values that depend on parameters and buffers alone.
+        batched: Names of the values that depend on the examples or on how many there are.
         splits: Labels over the dims that a channel dim was split into.
         numbers: Numbers in the code that count channels.
         cuts: For every node that cuts a channel dim: (dim, labels along it, boundaries).
@@ -54,6 +55,7 @@ class Tracer:
         self.terms: list[MacsTerm] = []
         self.pads: dict[str, tuple[int, Labels]] = {}
         self.weights: set[str] = set()
+        self.batched: set[str] = set()
         self.splits: list[Tensor] = []
         self.numbers: list[Number] = []
         self.cuts: dict[str, tuple[int, Tensor, tuple[int, ...]]] = {}
@@ -68,12 +70,29 @@ class Tracer:
             refs = list(node.refs())
             if node.kind == "parameter" or (refs and self.weights.issuperset(refs)):
                 self.weights.add(node.name)
+            if self._depends_on_batch(node, refs):
+                self.batched.add(node.name)
+                if node.in_place:
+                    self.batched.update(refs[:1])
             if node.kind == "call" and not self._is_part_of_weight(node):
                 self._call(node)
             elif node.kind not in ("call", "parameter"):
                 self.values[node.name] = _unlabelled(node.shape)
         for name in self.program.outputs:
             self._freeze(self.value(Ref(name)), "reaches the model's output")
+
+    def _depends_on_batch(self, node: Node, refs: Sequence[str]) -> bool:
+        """Whether a value grows with the batch; a learned query does, once it is expanded.
+
+        Args:
+            node: The value.
+            refs: Names of the values that it reads.
+        """
+        if node.kind == "input":  # another one is the same for all examples
+            return bool(node.shape) and node.shape[0] == self.program.batch  # type: ignore[index]
+        arguments = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
+        sized = any(isinstance(value, BatchSize) for value in arguments)
+        return sized or not self.batched.isdisjoint(refs)
 
     def _is_part_of_weight(self, node: Node) -> bool:
         """Whether a node cuts weights, whose elements may never be asked for."""
@@ -272,10 +291,26 @@ class Tracer:
             else:
                 self.unions.unify(ids, other, reason)
                 classes, frozen = self.unions.solve()
+        classes, _ = self.unions.solve()
+        self._unify_uses(classes)
         classes, frozen = self.unions.solve()
         roots, compact = classes.unique(return_inverse=True)  # the class of label 0 stays 0
         number = dict(zip(roots.tolist(), range(len(roots)), strict=True))
         return compact, {number[root]: reason for root, reason in frozen.items()}
+
+    def _unify_uses(self, classes: Tensor) -> None:
+        """Makes a table that is used both whole and in parts lose the same channels in all uses.
+
+        Used whole it has one label per channel (`axes`), in parts one per element. Which axis the
+        latter lie along is known late.
+        """
+        for (name, axis), line in self.axes.items():
+            labels = self._elements.get(name)
+            if labels is None:
+                continue
+            if compressed(classes[labels.ids], labels.shape).varying == (axis,):
+                along = Labels.along(axis, line, labels.shape)
+                self.unions.unify(labels.ids, along.ids, "is used twice, once in parts")
 
     def number(self, node: Node, value: int, labels: Labels, dim: int) -> None:
         """Notes that the code of a node's module writes how many positions a dim has."""
@@ -301,9 +336,9 @@ class Tracer:
     def macs(self, node: Node, per_position: float, *factors: Tensor) -> None:
         """Notes `per_position` MACs of the whole batch per kept position of every factor.
 
-        What depends on weights alone is computed once, however large the batch.
+        What does not depend on the batch is computed once, however large that is.
         """
-        batch = 1 if node.name in self.weights else self.program.batch
+        batch = self.program.batch if node.name in self.batched else 1
         self.terms.append(MacsTerm(node.name, per_position / batch, factors))
 
     def counted(self, node: Node) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from paretoprune.surgery import prune, recalibrate
+from paretoprune.surgery import prune, recalibrate, trace
+from paretoprune.surgery.record import Recorded, record
 from tests.unit.surgery.oracles import half, outputs, same, state
 from tests.unit.surgery.specimens import ZOO, traced
 
@@ -79,6 +81,75 @@ def test_a_network_without_batch_norm_comes_back_unchanged() -> None:
     result = recalibrate(model, batches(1))
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(outputs(result, x)[0], outputs(model, x)[0])
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.second, self.slow = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6, momentum=None)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.slow(self.second(torch.relu(self.norm(self.conv(x)))))
+
+
+def recorded() -> tuple[nn.Module, nn.Module]:
+    """Returns a network, and one of the same weights whose body is recorded."""
+    torch.manual_seed(0)
+    layers = [Body(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)]
+    model, inputs = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    recording = record(model, trace(model, inputs), ["0"], inputs)["0"]
+    other = copy.deepcopy(model)
+    other[0] = Recorded(other[0], recording)
+    return model, other
+
+
+def test_norms_inside_a_recorded_module_are_recalibrated_like_all_others() -> None:
+    model, other = recorded()
+    data = batches()
+    expected, result = recalibrate(model, data), recalibrate(other, data)
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(result.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_recorded_module_trains_its_norms_as_its_code_would(frozen: bool) -> None:
+    for network in (networks := recorded()):
+        network.train()
+        network.get_submodule("0.norm").train(not frozen)
+        torch.manual_seed(1)
+        for inputs, _ in batches(2):
+            network(inputs)
+    for name, buffer in networks[0].named_buffers():
+        torch.testing.assert_close(networks[1].get_buffer(name), buffer)
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training alone, and a norm that counts no batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.instance = nn.InstanceNorm2d(3, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.instance(self.norm(x))
+        return (x, self.head(x)) if self.training else x
+
+
+def test_statistics_that_no_batch_reaches_stay() -> None:
+    model, data = Auxiliary(), batches()
+    model(data[0][0])
+    before = copy.deepcopy(model)
+    result: Any = recalibrate(model, data)
+    assert int(result.norm.num_batches_tracked) == len(data)
+    for name in ("head", "instance"):
+        for a, b in zip(
+            result.get_submodule(name).buffers(),
+            before.get_submodule(name).buffers(),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
 
 
 def test_progress_counts_batches() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from paretoprune.experiments.models import digits_resnet, resnet20
 from paretoprune.surgery import PruningPlan, UnsupportedModel, load, prune, save, trace
@@ -20,6 +20,7 @@ from paretoprune.surgery.record import Recorded
 from tests.unit.surgery.oracles import call, difference, half, loss, outputs
 from tests.unit.surgery.specimen import settle
 from tests.unit.surgery.specimens import ZOO, traced
+from tests.unit.surgery.zoo_attention import Derived, Transformer
 
 REFERENCE = "paretoprune.experiments.models:digits_resnet"
 IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -223,6 +224,90 @@ def test_a_network_that_was_pruned_again_and_fine_tuned_comes_back(
     assert trace(found, inputs).cost() == again.cost(second)
     loss(call(found.train(), inputs)).backward()
     assert all(parameter.grad is not None for parameter in found.parameters())
+
+
+class SetWhileRunning(nn.Module):
+    """Notes the size of its image when it runs, as hierarchical transformers do."""
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.height: int | None = None
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            self.height, self.width = 4, 4
+            return self.linear(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.stage, self.out = nn.Conv2d(3, 8, 1), self.Stage(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.out(torch.relu(self.stage(x)).mean(1))
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (False, False)])
+def test_integers_that_code_sets_while_it_runs_are_no_sizes(
+    before: bool, after: bool, tmp_path: Path
+) -> None:
+    model, inputs = SetWhileRunning().eval(), torch.randn(2, 3, 4, 4)
+    if before:
+        model(inputs)
+    graph = trace(model, inputs)
+    plan = half(graph)
+    small = prune(model, graph, plan)
+    save(tmp_path, small, plan)
+    dense = SetWhileRunning()
+    if after:
+        dense(inputs)
+    again = load(tmp_path, lambda: dense)
+    assert torch.equal(outputs(again, inputs)[0], outputs(small, inputs)[0])
+
+
+class TwoNames(nn.Module):
+    """Attention that must be recorded and a block that goes, both registered twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Transformer(Derived())
+        self.extra = Branch()
+        self.body = nn.ModuleList([self.net.attention, self.extra])
+        self.all = nn.Sequential(self.net, self.extra, nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.all(x)
+
+
+class Branch(nn.Module):
+    """A residual block of five channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.second(torch.relu(self.first(x)))
+
+
+def test_modules_of_two_names_are_replaced_under_both(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = TwoNames().eval(), ZOO["derived_attention"].inputs()
+    graph = trace(model, inputs)
+    plan = PruningPlan(half(graph).kept, tuple(graph.blocks)[-1:])
+    assert plan.removed
+    assert graph.recorded
+    small: Any = prune(model, graph, plan)
+    assert small.extra is small.body[1] is small.all[1]
+    assert isinstance(small.extra, nn.Identity)
+    assert small.net.attention is small.body[0]
+    assert isinstance(small.body[0], Recorded)
+    save(tmp_path, small, plan)
+    again: Any = load(tmp_path, TwoNames)
+    assert again.extra is again.body[1] is again.all[1]
+    assert again.net.attention is again.body[0]
+    assert torch.equal(outputs(again, inputs)[0], outputs(small, inputs)[0])
 
 
 @pytest.mark.parametrize("file", ["plan.json", "model.safetensors"])

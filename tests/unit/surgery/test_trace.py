@@ -8,9 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from paretoprune.surgery import UnsupportedModel, trace
-from tests.unit.surgery.oracles import call, counted, half, loss, same, state
+from paretoprune.surgery import PruningPlan, UnsupportedModel, prune, trace
+from paretoprune.surgery.check import half_plan, trial_plans
+from tests.unit.surgery.oracles import (
+    call,
+    counted,
+    difference,
+    half,
+    loss,
+    masked_outputs,
+    outputs,
+    same,
+    state,
+)
 from tests.unit.surgery.specimen import settle
 from tests.unit.surgery.specimens import ZOO, traced
 
@@ -224,3 +236,145 @@ def test_numbers_in_the_code_decide_whether_a_value_can_be_negative(
 ) -> None:
     graph = trace(Shifted(shift, factor), torch.randn(2, 3, 8, 8))
     assert bool(graph.blocks) == removable
+
+
+class OneWidth(nn.Module):
+    """Four layers of equal width and one attribute for it, which two places in the code read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 16
+        sizes = (3, 16, 16, 16)
+        self.layers = nn.ModuleList(nn.Conv2d(size, 16, 3, padding=1) for size in sizes)
+        self.out = nn.Linear(16, 5)
+
+    def norm(self, x: Tensor) -> Tensor:
+        flat = x.view(x.shape[0], self.width, -1)
+        flat = (flat - flat.mean(2, keepdim=True)) / (flat.std(2, keepdim=True) + 1e-5)
+        return flat.view_as(x)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.norm(self.layers[0](x)))
+        x = F.relu(self.layers[2](F.relu(self.layers[1](x))))
+        return self.out(F.relu(self.norm(self.layers[3](x))).mean((2, 3)))
+
+
+class Compared(nn.Module):
+    """A shortcut that is taken when shapes happen to be equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        layers = [nn.Conv2d(32, 24, 3) if i == 0 else nn.Conv2d(24, 24, 1) for i in range(7)]
+        self.others, self.out = nn.Sequential(*layers), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.first(x))
+        y = F.relu(self.second(x))
+        y = y + x if y.shape == x.shape else y
+        return self.out(self.others(y).mean((2, 3)))
+
+
+class Together(nn.Module):
+    """A table that is right only while two layers lose the same units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 16)
+        self.between = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+        self.table, self.out = nn.Parameter(torch.randn(5, 16)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.between(F.relu(self.first(x) + self.table))
+        return self.out(F.relu(self.second(x)[:, :3] + self.table[:3]).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "plans"),
+    [
+        (
+            OneWidth,
+            (3, 8, 8),
+            [{"layers.0": 8, "layers.3": 8}, {"layers.0": 8}, {"layers.0": 8, "layers.3": 12}],
+        ),
+        (Compared, (3, 8, 8), [{"first": 12, "second": 12}, {"second": 16}, {"first": 12}]),
+        (Together, (5, 6), [{"first": 8, "second": 8}, {"first": 8}, {"second": 8}]),
+    ],
+)
+def test_what_is_right_by_luck_in_some_plans_is_not_left_open(
+    build: Any, shape: tuple[int, ...], plans: list[dict[str, int]]
+) -> None:
+    torch.manual_seed(0)
+    model, inputs = build().eval(), torch.randn(2, *shape)
+    graph = trace(model, inputs)
+    is_open = {group.name for group in graph.open_groups}
+    for counts in plans:
+        kept = {name: tuple(range(count)) for name, count in counts.items() if name in is_open}
+        plan = PruningPlan(kept)
+        found = outputs(prune(model, graph, plan), inputs)
+        assert difference(masked_outputs(model, graph, plan, inputs), found) < 1e-5
+
+
+def test_groups_that_fail_together_do_not_take_others_with_them() -> None:
+    torch.manual_seed(0)
+    graph = trace(Compared().eval(), torch.randn(2, 3, 8, 8))
+    frozen = {group.name: group.frozen or "" for group in graph.groups.values() if group.frozen}
+    assert frozen.keys() == {"first", "second", "out"}
+    assert "the self-check failed: outputs differ by" in frozen["first"]
+    assert "outputs differ by 0.0" not in frozen["first"] + frozen["second"]
+
+
+def test_the_trial_plans_tell_sizes_apart_and_make_them_equal() -> None:
+    widths = [16, 16, 16, 16, 32, 64]
+    layers = [nn.Linear(a, b) for a, b in zip([4, *widths], [*widths, 3], strict=True)]
+    graph = trace(nn.Sequential(*layers), torch.randn(2, 4))
+    names = [str(index) for index in range(len(widths))]
+    apart, level, some = trial_plans(graph)
+    assert apart == half_plan(graph, names)
+    assert len({len(apart.kept[name]) for name in names[:4]}) == 4
+    assert {name: len(units) for name, units in level.kept.items()} == dict.fromkeys(names, 12)
+    assert len(some.kept) == 3
+    assert trial_plans(graph) == [apart, level, some]
+
+
+class Aliased(nn.Module):
+    """Residual blocks that are registered twice, and run under their second names."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(8, 6, 3, 1, 1), nn.Conv2d(6, 8, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return x + self.conv2(F.relu(self.conv1(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), self.Block(), self.Block())
+        self.body = nn.Sequential(*self.net.children())
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.body(x).mean((2, 3)))
+
+
+def test_modules_that_are_registered_twice() -> None:
+    torch.manual_seed(0)
+    model, inputs = Aliased().eval(), torch.randn(2, 3, 8, 8)
+    before = state(model)
+    graph = trace(model, inputs)
+    assert [group.name for group in graph.open_groups] == ["net.0", "net.1.conv1", "net.2.conv1"]
+    assert {name: block.groups for name, block in graph.blocks.items()} == {
+        "body.1": ("net.1.conv1",),
+        "body.2": ("net.2.conv1",),
+    }
+    plan = PruningPlan({"net.0": (0, 2, 5), "net.2.conv1": (1, 2)}, ("body.1",))
+    small: Any = prune(model, graph, plan)
+    assert small.net[1] is small.body[1]
+    assert isinstance(small.net[1], nn.Identity)
+    assert small.net[2] is small.body[2]
+    assert counted(small, inputs) == graph.cost(plan)
+    units = PruningPlan(plan.kept)
+    found = outputs(prune(model, graph, units), inputs)
+    assert difference(masked_outputs(model, graph, units, inputs), found) < 1e-5
+    assert same(state(model), before)
