@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.consumers import Consumer, find_consumers
@@ -63,6 +64,8 @@ class StaticReconstructor:
             if consumer is not None:
                 features = self._features(consumer, values[consumer.source], samples)
                 mean = features.mean(0)
+                if consumer.bias is None and consumer.norm is None:  # nothing can carry a shift
+                    mean = torch.zeros_like(mean)
                 centred = features - mean
                 self._grams[node.name] = ((centred.T @ centred).double(), mean)
 

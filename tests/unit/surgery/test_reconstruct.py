@@ -255,3 +255,20 @@ def test_consumers_know_the_norm_and_the_stream_behind_them() -> None:
 
 def test_weights_that_are_used_twice_are_not_fitted() -> None:
     assert not {"conv.weight", "first.weight"} & consumers(traced("called_twice")[1]).keys()
+
+
+@both
+def test_a_layer_that_cannot_carry_a_shift_is_fitted_without_one(method: Method) -> None:
+    """Behind a ReLU inputs have a mean; without a bias or a norm, weights must make up for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5, bias=False)).eval()
+    batches = [(torch.randn(256, 8), torch.zeros(256))]
+    graph = trace(model, batches[0][0])
+    plan = half(graph)
+    small = prune(model, graph, plan)
+    fitted = reconstruct(small, model, graph, plan, batches, method=method)
+    with torch.no_grad():
+        target = model(batches[0][0])
+        kept = torch.relu(small.get_submodule("0")(batches[0][0]))
+        least = (kept @ torch.linalg.lstsq(kept, target).solution - target).norm()
+        assert (fitted(batches[0][0]) - target).norm() < 1.02 * least
