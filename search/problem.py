@@ -37,8 +37,8 @@ class Objective:
         name: Key of the quantity among a record's metrics.
         direction: Which way is better.
         unit: Unit, for people.
-        reference: Worst value counted in the hypervolume; None takes the dense network's value
-            times 1 for a cost, and for a loss the loss of the uniform guess.
+        reference: Worst value counted in the hypervolume: of a cost the dense network's, of a loss
+            that of the uniform guess.
     """
 
     name: str

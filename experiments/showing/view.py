@@ -69,7 +69,8 @@ class SearchView:
     def told(self, record: Record) -> SearchView:
         """Returns the view with one more record, or with one that was fine-tuned since."""
         others = [one for one in self.records if one.number != record.number]
-        return replace(self, records=(*others, record))
+        ordered = sorted((*others, record), key=lambda one: one.number)
+        return replace(self, records=tuple(ordered))
 
     @cached_property
     def rows(self) -> list[Row]:
