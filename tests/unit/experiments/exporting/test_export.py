@@ -84,7 +84,7 @@ def test_the_card_states_what_was_measured(
     assert f"| loss, search split | {done.dense.search['loss']:.4f} |" in card
     assert f"{100 * record.outcome.metrics['accuracy']:.2f} %" in card
     assert "accuracy, test split" in card
-    assert "The test split, 32 examples that the search did not use" in card
+    assert "The test split, 32 examples that the search chose nothing by" in card
     assert "Trial 3 of run `first`, found by the search" in card
     assert "removed: layer3.1" in card
     assert "equal to the counts above" in card
