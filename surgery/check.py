@@ -272,9 +272,6 @@ def broken(
             reasons.update(dict.fromkeys(plan.kept, f"the self-check failed: {said}"))
         return fails
 
-    def group_fails(names: Sequence[str]) -> bool:
-        return plan_fails(half_plan(graph, names))
-
     def block_fails(names: Sequence[str]) -> bool:
         plan = PruningPlan(removed=tuple(names))
         branches = [branch for name in names for branch in graph.extents[name].branches]
@@ -297,7 +294,7 @@ def broken(
     if exhaustive:
         for name in names:
             if name not in guilty and (
-                group_fails([name]) or plan_fails(_other_half(graph, name))
+                plan_fails(half_plan(graph, [name])) or plan_fails(_other_half(graph, name))
             ):
                 guilty.append(name)
         blocks |= {name for name in graph.blocks if name not in blocks and block_fails([name])}

@@ -6,16 +6,12 @@ import copy
 from collections.abc import Sized
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from paretoprune.surgery.inputs import Batches
 from paretoprune.surgery.program import as_call
 from paretoprune.surgery.progress import Parts
-
-
-def _statistics(norm: _NormBase) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
 
 def recalibrate(
@@ -36,14 +32,8 @@ def recalibrate(
         ValueError: If there is no batch.
     """
     result = copy.deepcopy(small)
-    norms = [
-        module
-        for module in result.modules()
-        if isinstance(module, _NormBase) and module.track_running_stats
-    ]
+    norms = _norms(result)
     modes = {module: module.training for module in result.modules()}
-    momenta = [norm.momentum for norm in norms]
-    statistics = [_statistics(norm) for norm in norms]
     result.eval()
     for norm in norms:
         norm.train()
@@ -60,11 +50,19 @@ def recalibrate(
                 progress(done, total)
     if not done:
         raise ValueError("recalibration needs calibration data, but got no batch.")
-    for norm, momentum, before in zip(norms, momenta, statistics, strict=True):
-        norm.momentum = momentum
+    for norm, before in zip(norms, _norms(small), strict=True):
+        norm.momentum = before.momentum
         if norm.num_batches_tracked is not None and not norm.num_batches_tracked:
-            for name, buffer in norm.named_buffers():
-                buffer.copy_(before[name])
+            for name, buffer in before.named_buffers():
+                norm.get_buffer(name).copy_(buffer)
     for module, training in modes.items():
         module.training = training
     return result
+
+
+def _norms(network: nn.Module) -> list[_NormBase]:
+    return [
+        module
+        for module in network.modules()
+        if isinstance(module, _NormBase) and module.track_running_stats
+    ]

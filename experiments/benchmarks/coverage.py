@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.surgery import PruningGraph, prune, trace
-from paretoprune.surgery.check import half_plan, masked_outputs, telling_copy
+from paretoprune.surgery.check import masked_outputs, telling_copy, whole_plan
 
 RESULTS = Path(__file__).parents[1] / "results"
 LARGEST = 300_000_000
@@ -151,7 +151,7 @@ def measure(reference: str) -> Row:
     start = time.perf_counter()
     graph = trace(model, images)
     seconds = time.perf_counter() - start
-    plan = half_plan(graph, [group.name for group in graph.open_groups])
+    plan = whole_plan(graph)
     model = telling_copy(model)
     with torch.no_grad():
         expected = masked_outputs(model, graph, plan, images)

@@ -32,6 +32,7 @@ from paretoprune.experiments.data.datasets import (
     digits,
     image_folder,
 )
+from paretoprune.experiments.data.examples import has_rows
 from paretoprune.experiments.data.sources import DatasetSource, ExampleArray, Source, float32
 from paretoprune.experiments.data.splits import Batches, sizes_for
 from paretoprune.experiments.references import call_reference
@@ -203,17 +204,13 @@ def _without_examples(reference: str) -> ValueError:
 
 
 def _checked(batch: Any, reference: str) -> Batch:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not _is_tensor(batch[1]):
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not has_rows(batch[1]):
         raise ValueError(
             f"a batch is (inputs, targets) with a tensor of targets, but a batch of {reference} "
             f"is a {type(batch).__name__}."
         )
     inputs, targets = batch
     return inputs, targets
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _given_batches(given: Any) -> Iterable[Batch]:

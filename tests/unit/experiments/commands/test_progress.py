@@ -19,8 +19,9 @@ from paretoprune.experiments.commands.progress import (
 from paretoprune.experiments.commands.stages import Stages, clock_time
 from paretoprune.experiments.showing.summary import headline
 from paretoprune.experiments.showing.view import SearchView
-from paretoprune.search import Completed, ParetoFront, SearchInfo
+from paretoprune.search import Completed, ParetoFront
 from paretoprune.search.record import LAYER
+from tests.unit.experiments.infos import info_of
 
 if TYPE_CHECKING:
     from tests.unit.experiments.conftest import MadeUp
@@ -36,18 +37,7 @@ def play(
     shown: SearchProgress, view: SearchView, *, before: int = 0, trials: int | None = None
 ) -> None:
     """Tells progress of a search whose first records are there already."""
-    info = SearchInfo(
-        problem=view.name,
-        dense=view.dense,
-        metrics=view.dense_metrics,
-        target=view.target,
-        trials=trials or len(view.records),
-        objectives=view.objectives,
-        criteria=("l2",),
-        sizes=view.sizes,
-        blocks={},
-        records=view.records[:before],
-    )
+    info = info_of(view, view.records[:before], trials or len(view.records))
     with shown:
         shown.started(info)
         for at, record in enumerate(view.records[before:], start=before + 1):

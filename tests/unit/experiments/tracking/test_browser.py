@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from paretoprune.experiments.runs import RunSpec, create_run
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.tracker import MlflowListener
-from paretoprune.search import SearchInfo
+from tests.unit.experiments.infos import info_of
 
 SECONDS = 60_000.0
 """Milliseconds within which a page must have drawn itself, also on a busy machine."""
@@ -73,7 +73,7 @@ def links(
         folder = create_run(runs, "first", spec)
         shutil.copy(empty_database, runs)
         written = MlflowListener(folder, spec)
-        written.started(_info(view))
+        written.started(info_of(view, view.records))
         written.ended(view.front, False)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -95,21 +95,6 @@ def links(
         finally:
             process.terminate()
             process.communicate(timeout=60)
-
-
-def _info(view: SearchView) -> SearchInfo:
-    return SearchInfo(
-        problem=view.name,
-        dense=view.dense,
-        metrics=view.dense_metrics,
-        target=view.target,
-        trials=7,
-        objectives=view.objectives,
-        criteria=("l2", "taylor"),
-        sizes=view.sizes,
-        blocks={name: tuple(groups) for name, groups in view.blocks.items()},
-        records=view.records,
-    )
 
 
 def test_the_page_of_the_front_tells_each_trial(page: Page, links: Links) -> None:

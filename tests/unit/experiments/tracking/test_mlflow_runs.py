@@ -23,7 +23,8 @@ from paretoprune.experiments.tracking.mlflow_runs import _tracking_to, connect, 
 from paretoprune.experiments.tracking.saved_view import view_tag
 from paretoprune.experiments.tracking.store import ExportPlace, Store, store_of
 from paretoprune.experiments.tracking.tracker import MlflowListener
-from paretoprune.search import Completed, Failed, ParetoFront, Record, SearchInfo
+from paretoprune.search import Completed, Failed, ParetoFront, Record
+from tests.unit.experiments.infos import info_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,21 +55,6 @@ def curve_of(history: list[Metric]) -> list[tuple[int, float]]:
 
 def expected_curve(view: SearchView) -> list[tuple[int, float]]:
     return [(number, round(value, 6)) for number, value in view.hypervolumes()]
-
-
-def info_of(view: SearchView, records: tuple[Record, ...] = ()) -> SearchInfo:
-    return SearchInfo(
-        problem=view.name,
-        dense=view.dense,
-        metrics=view.dense_metrics,
-        target=view.target,
-        trials=7,
-        objectives=view.objectives,
-        criteria=("l2", "taylor"),
-        sizes=view.sizes,
-        blocks={name: tuple(groups) for name, groups in view.blocks.items()},
-        records=records,
-    )
 
 
 def play(
