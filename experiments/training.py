@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class Training:
         temperature: That both softmaxes of the distillation are taken at, positive.
         average: Decay of the exponential moving average of weights and statistics that is
             returned in place of the last ones, in [0, 1); 0 takes none.
+        draws: Epochs whose batches are drawn; later epochs take the same batches in turn, and the
+            teacher, which has seen them, is not asked again: its outputs are kept on the device.
+            Shen & Xing, ECCV 2022, arXiv:2112.01528. 0 draws every epoch anew.
         seed: Seeds what the network itself draws, such as dropout.
 
     Raises:
@@ -62,6 +65,7 @@ class Training:
     distillation: float = 0.0
     temperature: float = 4.0
     average: float = 0.0
+    draws: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +79,7 @@ class Training:
             "distillation": (0 <= self.distillation <= 1, "lie in [0, 1]"),
             "temperature": (self.temperature > 0, "be positive"),
             "average": (0 <= self.average < 1, "lie in [0, 1)"),
+            "draws": (self.draws >= 0, "not be negative"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -124,12 +129,18 @@ def train(
         progress: Receives a line per epoch, with images per second and the time left.
 
     Raises:
-        ValueError: If there are no batches, a teacher is missing, or the loss stops being finite.
+        ValueError: If there are no batches, a teacher is missing, batches that cannot be drawn
+            again are to recur, or the loss stops being finite.
     """
     if not len(batches):
         raise ValueError("training needs at least one batch, but got none.")
     if training.distillation and teacher is None:
         raise ValueError("distillation needs a teacher, but got none.")
+    if training.draws and not isinstance(batches, NumberedEpochs):
+        raise ValueError(
+            "`draws` needs batches with a method `epoch(number)`, but got a "
+            f"{type(batches).__name__}."
+        )
     run = _Run(model, training, _loss(training, loss, teacher), penalty, len(batches))
     kept = None
     if checkpoint is not None:
@@ -177,7 +188,7 @@ class _Run:
         self,
         model: nn.Module,
         training: Training,
-        loss: Callable[[Any, Any, Tensor], Tensor],
+        loss: Callable[[_Seen, Any, Tensor], Tensor],
         penalty: Callable[[nn.Module], Tensor] | None,
         steps: int,
     ) -> None:
@@ -208,12 +219,14 @@ class _Run:
         """Trains for one epoch; returns the mean loss of its batches and the examples."""
         total = torch.zeros((), device=self.device)
         step, examples = number * self._steps, 0
-        drawn = batches.epoch(number) if isinstance(batches, NumberedEpochs) else batches
-        for inputs, targets in drawn:
+        draw = number % self._training.draws if self._training.draws else number
+        drawn = batches.epoch(draw) if isinstance(batches, NumberedEpochs) else batches
+        for position, (inputs, targets) in enumerate(drawn):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._training.learning_rate * self._rate(step)
             outputs = _mixed(self._network, inputs, self.device)
-            value = self._loss(inputs, outputs, targets.to(self.device))
+            seen = _Seen(inputs, (draw, position))
+            value = self._loss(seen, outputs, targets.to(self.device))
             if self._penalty is not None:
                 value = value + self._penalty(self._network)
             self.optimizer.zero_grad()
@@ -252,19 +265,31 @@ def _mixed(network: nn.Module, inputs: Any, device: torch.device) -> Any:
     )
 
 
+class _Seen(NamedTuple):
+    """What a network saw: the inputs, and the number of the draw and of the batch in it."""
+
+    inputs: Any
+    key: tuple[int, int]
+
+
 def _loss(
     training: Training, loss: Loss | None, teacher: nn.Module | None
-) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Returns (inputs, outputs, targets) -> the loss that is minimised."""
+) -> Callable[[_Seen, Any, Tensor], Tensor]:
+    """Returns (seen, outputs, targets) -> the loss that is minimised."""
     own = loss or partial(F.cross_entropy, label_smoothing=training.label_smoothing)
     weight = training.distillation
     if teacher is None or not weight:
-        return lambda inputs, outputs, targets: own(outputs, targets)
+        return lambda seen, outputs, targets: own(outputs, targets)
     wise = copy.deepcopy(teacher).eval().requires_grad_(False)
+    kept: dict[tuple[int, int], Any] = {}
 
-    def distilled(inputs: Any, outputs: Any, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            taught = _mixed(wise, inputs, device_of(wise))
+    def distilled(seen: _Seen, outputs: Any, targets: Tensor) -> Tensor:
+        taught = kept.get(seen.key)
+        if taught is None:
+            with torch.no_grad():
+                taught = _mixed(wise, seen.inputs, device_of(wise))
+            if training.draws:
+                kept[seen.key] = taught
         value = weight * distillation_loss(outputs, taught, training.temperature)
         return value if weight == 1 else value + (1 - weight) * own(outputs, targets)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from paretoprune.experiments import models
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.data.splits import Batches, TrainingBatches
+from paretoprune.experiments.finetuning import DISTILLATION
 from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.recipes import RECIPES, build_problem
 from paretoprune.experiments.reproduce.reported import COLUMNS, energy, robust, worked
@@ -223,6 +224,7 @@ class Bench:
         decay: float = 5e-4,
         epochs: int | None = None,
         teacher: nn.Module | None = None,
+        draws: int = 0,
         penalty: Callable[[nn.Module], Tensor] | None = None,
     ) -> nn.Module:
         """Returns a trained copy of a network, which is kept under a name.
@@ -233,7 +235,8 @@ class Bench:
             rate: Peak learning rate; None takes that of the options.
             decay: Of the weights.
             epochs: None takes those of the options.
-            teacher: Distilled, with a weight of 0.7.
+            teacher: Distilled.
+            draws: Epochs whose batches are drawn, see `Training`.
             penalty: Added to the loss.
         """
         file = self.file(name)
@@ -250,9 +253,10 @@ class Bench:
             Training(
                 epochs=self.options.epochs if epochs is None else epochs,
                 learning_rate=self.options.learning_rate if rate is None else rate,
-                distillation=0.0 if teacher is None else 0.7,
+                distillation=0.0 if teacher is None else DISTILLATION,
                 weight_decay=decay,
                 warmup=0.05,
+                draws=draws,
                 seed=self.seed,
             ),
             teacher=None if teacher is None else on_device(teacher),

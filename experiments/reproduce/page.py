@@ -25,7 +25,7 @@ TITLES = {
     "proscore": ("PROscore", "FLOPs"),
 }
 _APART = ("reduction", "method", "epochs", "images", "test_images", "full", "recovery",
-          "batch_size", "learning_rate", "trials", "criterion")  # fmt: skip
+          "batch_size", "learning_rate", "trials", "criterion", "draws")  # fmt: skip
 """Columns of which rows with other values are no repetitions of each other."""
 HEAD = """# Results beside the published ones
 
@@ -109,7 +109,10 @@ def _ours(rows: Iterable[Mapping[str, str]], extra: Iterable[str]) -> Iterator[t
         groups.setdefault(tuple(row.get(name, "") for name in _APART), []).append(row)
     for (reduction, method, epochs, images, tested, full, recovery, *_), own in groups.items():
         removed = own[0].get("macs_reduction") if "recovery" in own[0] else reduction
-        run = f"{_total(own[0], epochs)} epochs of {int(images):,} images"
+        run = f"{_total(own[0], epochs)} epochs"
+        if own[0].get("draws", "0") != "0":
+            run += f" ({own[0]['draws']} drawn)"
+        run += f" of {int(images):,} images"
         if recovery not in ("", "0"):
             run += f", {recovery} of them per candidate" if method == "greedy" else ""
         if full != "True":

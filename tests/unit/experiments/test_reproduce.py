@@ -23,8 +23,9 @@ SCRIPTS: dict[str, tuple[Any, list[str], int]] = {
     "everything": (
         everything,
         ["--reductions", "60", "--recovery", "1", "--trials", "4", "--workers", "0",
-         "--criterion", "l2", "--methods", "greedy,search distilled,layers,neurons"],
-        4,
+         "--criterion", "l2", "--draws", "1",
+         "--methods", "greedy,search distilled,layers,neurons,half the layers distilled"],
+        5,
     ),
     "receding": (receding, ["--reductions", "0,50"], 6),
     "sosp": (sosp, ["--reductions", "50", "--parts", "ratios"], 3),
@@ -65,6 +66,8 @@ def test_rows_are_measured_once(
         assert len({row["epochs_total"] for row in found}) == 1  # of equal cost
         assert int(by_method["greedy"]["epochs_total"]) > 1
         assert by_method["neurons"]["removed_blocks"] == "0"
+        assert int(by_method["half the layers distilled"]["removed_blocks"]) > 0
+        assert "(1 drawn)" in page(tmp_path)
     capsys.readouterr()
     text = file.read_text()
     script.main(arguments)

@@ -118,10 +118,12 @@ class Breaking(TrainingBatches):
     """Breaks off in the middle of one epoch."""
 
     breaks = -1
+    begun = 0
 
     def epoch(self, number: int) -> Iterator[Batch]:
+        self.begun += 1
         for at, batch in enumerate(super().epoch(number)):
-            if (number, at) == (self.breaks, 1):
+            if (self.begun, at) == (self.breaks + 1, 1):
                 raise Broken
             yield batch
 
@@ -153,23 +155,24 @@ EVERYTHING = Training(
 )
 
 
+@pytest.mark.parametrize("draws", [0, 2])
 @pytest.mark.parametrize("breaks", [0, 2, 3])
 def test_a_broken_training_goes_on_and_ends_the_same_bit_for_bit(
-    tmp_path: Path, breaks: int
+    tmp_path: Path, breaks: int, draws: int
 ) -> None:
-    teacher = convolutional(8)
-    whole = train(convolutional(), small_images(), EVERYTHING, teacher=teacher)
+    teacher, settings = convolutional(8), replace(EVERYTHING, draws=draws)
+    whole = train(convolutional(), small_images(), settings, teacher=teacher)
     file = tmp_path / "training.part"
     breaking = small_images(Breaking)
     breaking.breaks = breaks
     with pytest.raises(Broken):
-        train(convolutional(), breaking, EVERYTHING, teacher=teacher, checkpoint=file)
+        train(convolutional(), breaking, settings, teacher=teacher, checkpoint=file)
     assert file.exists() == (breaks > 0)
     lines: list[str] = []
     resumed = train(
         convolutional(),
         small_images(),
-        EVERYTHING,
+        settings,
         teacher=teacher,
         checkpoint=file,
         progress=lines.append,
@@ -290,6 +293,28 @@ def test_a_student_learns_from_its_teacher_alone() -> None:
         train(network(), BATCHES, settings)
 
 
+class Recurring(TrainingBatches):
+    """Has two epochs, again and again."""
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        return super().epoch(number % 2)
+
+
+def test_a_teacher_sees_every_batch_that_recurs_once() -> None:
+    teacher, asked = convolutional(8), []
+    hook = teacher[0].register_forward_hook(lambda module, *_: asked.append(module.training))
+    kept = train(convolutional(), small_images(), replace(EVERYTHING, draws=2), teacher=teacher)
+    hook.remove()
+    assert asked == [False] * 2 * len(small_images())
+    expected = train(convolutional(), small_images(Recurring), EVERYTHING, teacher=teacher)
+    other = train(convolutional(), small_images(), EVERYTHING, teacher=teacher)
+    pairs = zip(kept.state_dict().values(), expected.state_dict().values(), strict=True)
+    assert all(torch.equal(value, same) for value, same in pairs)
+    assert not torch.equal(kept.state_dict()["0.weight"], other.state_dict()["0.weight"])
+    with pytest.raises(ValueError, match=r"`draws` needs batches .* but got a list"):
+        train(network(), BATCHES, Training(epochs=3, learning_rate=0.1, draws=2))
+
+
 def test_the_average_decays_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     step = torch.optim.SGD.step
@@ -325,6 +350,7 @@ def test_no_batches_is_an_error() -> None:
         ("distillation", 1.5),
         ("temperature", 0.0),
         ("average", 1.0),
+        ("draws", -1),
     ],
 )
 def test_values_outside_their_range(field: str, value: float) -> None:
