@@ -302,7 +302,9 @@ class Recurring(TrainingBatches):
 
 def test_a_teacher_sees_every_batch_that_recurs_once() -> None:
     teacher, asked = convolutional(8), []
-    hook = teacher[0].register_forward_hook(lambda module, *_: asked.append(module.training))
+    hook = teacher.get_submodule("0").register_forward_hook(
+        lambda module, *_: asked.append(module.training)
+    )
     kept = train(convolutional(), small_images(), replace(EVERYTHING, draws=2), teacher=teacher)
     hook.remove()
     assert asked == [False] * 2 * len(small_images())
