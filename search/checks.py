@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -17,10 +18,12 @@ from paretoprune.criteria import (
     target_macs,
 )
 from paretoprune.search.cluster import reach
+from paretoprune.search.evaluation import on_device
 from paretoprune.search.metrics import device_of, evaluating, forward
 from paretoprune.search.objectives import MEASURED
 from paretoprune.search.problem import Batch, Problem
-from paretoprune.surgery import InfeasibleBudget, PruningGraph
+from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune
+from paretoprune.surgery.check import half_plan
 
 DAMAGE = "damage"
 """The sampler of `search.damage`."""
@@ -265,6 +268,39 @@ def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
             ) from error
     if value != value:
         raise ValueError(f"the loss of the dense network on problem.{name} is not a number.")
+
+
+def check_trainable(problem: Problem, graph: PruningGraph) -> None:
+    """Verifies that the network and what is left of it can be trained, by one step of each.
+
+    A network may run other code in training than in evaluation, which is what was traced.
+
+    Args:
+        problem: The dense network and its data.
+        graph: Its graph.
+
+    Raises:
+        ValueError: If the loss does not take what the network returns in training, or a pruned
+            network does not run there.
+    """
+    inputs, targets = _first("calibration", problem.calibration)
+    names = [group.name for group in graph.open_groups]
+    pruned = prune(problem.model, graph, half_plan(graph, names))
+    networks = {"the network": copy.deepcopy(problem.model), "the pruned network": pruned}
+    for name, network in networks.items():
+        network = on_device(network).train()
+        device = device_of(network)
+        cuda = [device] if device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                outputs = forward(network, inputs)
+                problem.loss(outputs, targets.to(device)).backward()
+        except Exception as error:
+            raise ValueError(
+                f"{name} cannot be trained: in training mode it raises {type(error).__name__}: "
+                f"{error}; a branch that runs in training alone, such as an auxiliary head, is "
+                f"not pruned: build the network without it, or search without training."
+            ) from error
 
 
 def check_reachable(graph: PruningGraph, flops: float | int, bounds: Bounds = UNBOUNDED) -> int:

@@ -137,7 +137,16 @@ def search(
     named = checks.criteria_by_name(DEFAULTS[strategy] if criteria is None else criteria)
     if strategy == "everything":
         checks.check_steps(named, objectives, bounds, granularity)
-    request = Request(flops, trials, named, tuple(objectives), saliency_dir, granularity, bounds)
+    request = Request(
+        flops,
+        trials,
+        named,
+        tuple(objectives),
+        saliency_dir,
+        granularity,
+        bounds,
+        trains=finetuning is not None,
+    )
     checks.check_address(address, workers)
     checks.check_problem(problem)
     with ExitStack() as stack:

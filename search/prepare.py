@@ -11,7 +11,7 @@ from torch import nn
 
 from paretoprune.criteria import UNBOUNDED, Bounds, Criterion, SharedCalibration, fingerprint
 from paretoprune.search.candidate import Candidate
-from paretoprune.search.checks import check_reachable
+from paretoprune.search.checks import check_reachable, check_trainable
 from paretoprune.search.damage import DamageModel
 from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.listener import SearchInfo
@@ -43,6 +43,7 @@ class Request:
         saliencies: Folder of saliencies that searches share; None takes one in the run's folder.
         granularity: Which groups share an offset.
         bounds: Which unit counts groups may keep, and which blocks may go.
+        trains: Whether networks are trained.
     """
 
     flops: float | int
@@ -52,6 +53,7 @@ class Request:
     saliencies: Path | None = None
     granularity: Granularity = "group"
     bounds: Bounds = UNBOUNDED
+    trains: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +112,12 @@ def prepare(
     Raises:
         InfeasibleBudget: If no plan meets the target.
         UnsupportedModel: If the network cannot be traced.
-        ValueError: If the study belongs to another search.
+        ValueError: If the study belongs to another search, or networks that are to be trained
+            cannot be.
     """
     model = on_device(problem.model)
     calibration = SharedCalibration(Moved(problem.calibration, device_of(model)), problem.loss)
-    progress("tracing the network", 0, 0)
-    graph = trace(problem.model, problem.example_inputs)
-    target = check_reachable(graph, request.flops, request.bounds)
+    graph, target = _traced(problem, request, progress)
     kept = request.saliencies or folder / SALIENCIES
     scores = saliencies(request.criteria, model, graph, calibration, kept, progress)
     blocks = study.notes.get("blocks")
@@ -158,18 +159,28 @@ def prepare_steps(
     Raises:
         InfeasibleBudget: If no plan meets the target.
         UnsupportedModel: If the network cannot be traced.
-        ValueError: If the study belongs to another search.
+        ValueError: If the study belongs to another search, or networks that are to be trained
+            cannot be.
     """
-    progress("tracing the network", 0, 0)
-    graph = trace(problem.model, problem.example_inputs)
+    graph, target = _traced(problem, request, progress)
     space = {
         "strategy": "everything",
-        "target": check_reachable(graph, request.flops, request.bounds),
+        "target": target,
         "criteria": list(request.criteria),
         "recovery": recovery,
         "bounds": request.bounds.to_json(),
     }
     return graph, _info(problem, on_device(problem.model), graph, space, request, study, progress)
+
+
+def _traced(problem: Problem, request: Request, progress: Progress) -> tuple[PruningGraph, int]:
+    """Returns the graph of the dense network, and the target in MACs."""
+    progress("tracing the network", 0, 0)
+    graph = trace(problem.model, problem.example_inputs)
+    target = check_reachable(graph, request.flops, request.bounds)
+    if request.trains:
+        check_trainable(problem, graph)
+    return graph, target
 
 
 def _info(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paretoprune.criteria import CRITERIA
 from paretoprune.search import Finetuning, Problem, search
@@ -146,3 +147,49 @@ def test_a_loss_without_a_level_of_chance_counts_from_above_the_dense_loss(chanc
 def test_an_objective_that_is_not_measured() -> None:
     with pytest.raises(ValueError, match=r"'accuracy' is not measured .*; measured: macs"):
         objectives_of(("accuracy", "macs"), DENSE, {"loss": 1.0}, 2.0)
+
+
+class OnlyInTraining(nn.Module):
+    """Runs a head in training that evaluation never sees, and may return what it says."""
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.returned = returned
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head, self.auxiliary = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x).mean((2, 3))
+        logits = self.head(features)
+        if not self.training:
+            return logits
+        more = self.auxiliary(features)
+        return (logits, more) if self.returned else logits + more
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (True, "^the network cannot be trained: in training mode it raises TypeError: "),
+        (False, "^the pruned network cannot be trained: in training mode it raises RuntimeError"),
+    ],
+)
+def test_code_that_runs_in_training_alone_is_refused_before_long_work(
+    problem: Problem, tmp_path: Path, returned: bool, message: str
+) -> None:
+    model = OnlyInTraining(returned).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mine = replace(problem, model=model)
+    told: list[str] = []
+
+    def progress(step: str, *_counts: int) -> None:
+        told.append(step)
+
+    training = Finetuning(never, epochs=1)
+    with pytest.raises(ValueError, match=message):
+        search(mine, 0.5, 1, workers=0, finetuning=training, run_dir=tmp_path, progress=progress)
+    assert told == ["tracing the network"]
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert search(mine, 0.5, 1, workers=0).best is not None  # without training it is no obstacle
