@@ -10,8 +10,8 @@ from rich.table import Table
 from paretoprune.criteria import select
 from paretoprune.criteria.bottlenecks import Pressure, pressures, reset, widen
 from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
+from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.experiments.comparison import Comparison
-from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.runs import SALIENCY_DIR
 from paretoprune.experiments.units import format_count, format_percent, parse_flops
 from paretoprune.search import Problem, checks
@@ -41,13 +41,9 @@ def bottlenecks(
     chosen = checks.criteria_by_name([criterion])
     if not factor > 1:
         raise ValueError(f"a widening factor lies above 1, but got {factor}.")
-    console = progress_console()
-    with long_step(console, f"Preparing {model}", quiet=quiet) as progress:
-        problem = build_problem(model, data=data, weights=weights, seed=seed, progress=progress)
-    with long_step(console, f"Tracing {model}", quiet=quiet):
-        graph = trace(problem.model, problem.example_inputs)
+    problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
     checks.check_reachable(graph, target)
-    with long_step(console, f"Measuring {criterion}", quiet=quiet) as progress:
+    with long_step(progress_console(), f"Measuring {criterion}", quiet=quiet) as progress:
         comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress)
     plan = select(graph, comparison.scores.units[criterion], budget=target)
     found = pressures(graph, plan)

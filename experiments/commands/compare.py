@@ -13,15 +13,14 @@ from rich.table import Table
 
 from paretoprune.criteria import CRITERIA, Bounds, CostClass
 from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
+from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Shot
-from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.runs import SALIENCY_DIR
 from paretoprune.experiments.showing.comparison_plot import comparison_png
 from paretoprune.experiments.tracking.mlflow_runs import log_comparison
 from paretoprune.experiments.tracking.store import store_of
 from paretoprune.experiments.units import format_percent, format_target, parse_flops
 from paretoprune.search import checks
-from paretoprune.surgery import trace
 
 CHEAP = tuple(name for name, kind in CRITERIA.items() if kind.cost < CostClass.ABLATION)
 """What is compared unasked: all criteria without a forward pass per unit or a training."""
@@ -50,16 +49,12 @@ def compare(
     targets = [parse_flops(part) for part in flops.split(",")]
     names = CHEAP if criteria is None else tuple(n.strip() for n in criteria.split(","))
     chosen = checks.criteria_by_name(names)
-    console = progress_console()
-    with long_step(console, f"Preparing {model}", quiet=quiet) as progress:
-        problem = build_problem(model, data=data, weights=weights, seed=seed, progress=progress)
-    with long_step(console, f"Tracing {model}", quiet=quiet):
-        graph = trace(problem.model, problem.example_inputs)
+    problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
     for target in targets:
         checks.check_reachable(graph, target, bounds)
-    with long_step(console, "Measuring saliencies", quiet=quiet) as progress:
+    with long_step(progress_console(), "Measuring saliencies", quiet=quiet) as progress:
         comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress, bounds)
-    with long_step(console, "Comparing", quiet=quiet) as progress:
+    with long_step(progress_console(), "Comparing", quiet=quiet) as progress:
         rankings = ("units", "units and blocks") if blocks and graph.blocks else ("units",)
         shots = list(comparison.shots(targets, rankings=rankings, progress=progress))  # type: ignore[arg-type]
     folder = to or runs_dir / "comparisons" / problem.name.replace(":", "-").replace("/", "-")

@@ -13,14 +13,13 @@ import typer
 from paretoprune.criteria.receding import Receding, is_receded, recede
 from paretoprune.experiments.commands.progress import long_step, progress_console
 from paretoprune.experiments.commands.stages import Stages
-from paretoprune.experiments.recipes import build_problem
+from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.search import checks, evaluate
 from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Batch
 from paretoprune.search.weights import write_weights
-from paretoprune.surgery import trace
 
 
 def recede_network(
@@ -45,17 +44,14 @@ def recede_network(
     if to.exists():
         raise ValueError(f"{to} exists already; take another --to.")
     to.parent.mkdir(parents=True, exist_ok=True)
-    console = progress_console()
-    with long_step(console, f"Preparing {model}", quiet=quiet) as progress:
-        problem = build_problem(
-            model, data=data, weights=weights, seed=settings["seed"], progress=progress
-        )
-        graph = trace(problem.model, problem.example_inputs)
+    problem, graph = traced_problem(
+        model, data=data, weights=weights, seed=settings["seed"], quiet=quiet
+    )
     network = channels_last(on_device(problem.model), graph)
     parts = (problem.training, problem.recalibration, problem.calibration)
     batches = next(part for part in parts if part is not None)
     checkpoint = to.with_suffix(".part")
-    with long_step(console, "Receding", quiet=quiet) as progress:
+    with long_step(progress_console(), "Receding", quiet=quiet) as progress:
         told = _Told(batches, device_of(network), settings["epochs"], progress)
         receded = recede(
             network,
