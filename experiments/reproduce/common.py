@@ -1,9 +1,9 @@
 """What the scripts that reproduce the papers' tables share: options, problems, training, rows.
 
 A row is written once it is measured, and never measured again; what is trained for a row lies in
-`--work`, epoch by epoch, so that a script that was stopped goes on where it was. Networks without
-weights under $PARETOPRUNE_DATA are trained there first, on the training images outside the search
-split.
+`--work`, epoch by epoch, so that a script that was stopped goes on where it was. Such a row leaves
+seconds and energy empty, because what went before was not measured. Networks without weights under
+$PARETOPRUNE_DATA are trained there first, on the training images outside the search split.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from paretoprune.experiments.data.splits import Batches, TrainingBatches
 from paretoprune.experiments.finetuning import DISTILLATION
 from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.recipes import RECIPES, build_problem
-from paretoprune.experiments.reproduce.reported import COLUMNS, energy, robust, worked
+from paretoprune.experiments.reproduce.reported import COLUMNS, WORK, energy, robust, worked
 from paretoprune.experiments.training import Training, train
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.evaluation import on_device
@@ -100,11 +100,13 @@ class Results:
     Attributes:
         file: The CSV.
         keys: Columns that tell rows apart, beside those in `SCALE`.
+        work: Folder of what is trained.
         reports: What `--report` asks for.
     """
 
     file: Path
     keys: tuple[str, ...]
+    work: Path
     reports: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, str]]:
@@ -115,11 +117,23 @@ class Results:
 
     def find(self, row: Mapping[str, Any]) -> dict[str, str] | None:
         """Returns the row with the same keys; None if it was not measured."""
-        keys = (*self.keys, *SCALE)
         for one in self.rows():
-            if all(one[key] == str(row[key]) for key in keys):
+            if self._key(one) == self._key(row):
                 return one
         return None
+
+    def _key(self, row: Mapping[str, Any]) -> str:
+        return " ".join(str(row[name]) for name in (*self.keys, *SCALE))
+
+    def _begun(self, row: Row) -> bool:
+        """Returns whether a row was begun before, and notes that it is now."""
+        file, line = self.work / f"{self.file.stem}.begun", self._key(row)
+        if file.exists() and line in file.read_text().splitlines():
+            return True
+        self.work.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            stream.write(f"{line}\n")
+        return False
 
     def measure(self, row: Row, measured: Callable[[], Row]) -> None:
         """Measures a row and adds it, unless it is there.
@@ -130,9 +144,11 @@ class Results:
         """
         if self.find(row) is not None:
             return
-        start = time.perf_counter()
+        begun, start = self._begun(row), time.perf_counter()
         found = worked(self.reports, measured)
         whole = {**row, **found, "seconds": round(time.perf_counter() - start), **described()}
+        if begun:
+            whole |= dict.fromkeys(("seconds", *WORK), "")
         print(whole, flush=True)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         new = not self.file.exists()

@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--methods", default=",".join(METHODS))
     options = made.parse_args(arguments)
     keys = ("network", "method", "reduction", "seed", "recovery", "trials", "criterion", "draws")
-    results = Results(options.out or RESULTS / "everything.csv", keys, options.report)
+    out = options.out or RESULTS / "everything.csv"
+    results = Results(out, keys, options.work, options.report)
     for bench in benches(options):
         for reduction in numbers(options.reductions):
             for row, method in _rows(bench, reduction, results):

@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(
         options.out or RESULTS / "proscore.csv",
         ("network", "method", "reduction", "seed"),
+        options.work,
         options.report,
     )
     for bench in benches(options):

@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(
         options.out or RESULTS / "receding.csv",
         ("network", "method", "reduction", "seed"),
+        options.work,
         options.report,
     )
     for bench in benches(options, trained=False):

@@ -59,9 +59,11 @@ def main(arguments: list[str] | None = None) -> None:
     parts = names(options.parts)
     file = options.out or RESULTS / "sosp.csv"
     keys = ("network", "method", "reduction", "seed")
-    ratios = Results(file, keys, options.report)
-    widened = Results(file.with_name(f"{file.stem}-bottlenecks.csv"), keys, options.report)
-    timed = Results(file.with_name(f"{file.stem}-time.csv"), ("network", "method", "seed"))
+    places = options.work, options.report
+    ratios = Results(file, keys, *places)
+    widened = Results(file.with_name(f"{file.stem}-bottlenecks.csv"), keys, *places)
+    timed = file.with_name(f"{file.stem}-time.csv")
+    times = Results(timed, ("network", "method", "seed"), options.work)
     for bench in benches(options) if {"ratios", "bottlenecks"} & {*parts} else ():
         for reduction in numbers(options.reductions):
             row: Row = {**bench.keys, "reduction": reduction}
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "learning_rate": 0,
                 "full": True,
             }
-            timed.measure(row, partial(_time, blocks, width, method))
+            times.measure(row, partial(_time, blocks, width, method))
 
 
 def _saliency(problem: Problem, graph: PruningGraph, method: str) -> dict[str, torch.Tensor]:

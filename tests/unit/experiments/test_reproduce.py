@@ -12,7 +12,7 @@ import torch
 from paretoprune.experiments import recipes
 from paretoprune.experiments.models import resnet110, vgg16
 from paretoprune.experiments.reproduce import everything, proscore, receding, sosp
-from paretoprune.experiments.reproduce.common import without_lowest
+from paretoprune.experiments.reproduce.common import SCALE, Results, without_lowest
 from paretoprune.experiments.reproduce.page import page
 from paretoprune.experiments.reproduce.published import PUBLISHED
 from paretoprune.experiments.training import Training
@@ -73,6 +73,24 @@ def test_rows_are_measured_once(
     script.main(arguments)
     assert file.read_text() == text
     assert "epoch" not in capsys.readouterr().out.replace("'epochs", "")
+
+
+def test_a_row_that_goes_on_does_not_say_what_it_took(tmp_path: Path) -> None:
+    results = Results(tmp_path / "rows.csv", ("method",), tmp_path / "work", ("energy",))
+    scale = dict.fromkeys(SCALE, 1)
+
+    def stopped() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        results.measure({"method": "l1", **scale}, stopped)
+    for method in ("l1", "l2"):
+        results.measure({"method": method, **scale}, lambda: {"accuracy": 90})
+    resumed, whole = rows(tmp_path / "rows.csv")
+    taken = ("seconds", "work_kwh", "work_co2_grams")
+    assert resumed["accuracy"] == "90"
+    assert [resumed[name] for name in taken] == ["", "", ""]
+    assert all(float(whole[name]) >= 0 for name in taken)
 
 
 def test_robustness_and_energy_are_columns(tmp_path: Path) -> None:
