@@ -48,8 +48,9 @@ class Training:
         average: Decay of the exponential moving average of weights and statistics that is
             returned in place of the last ones, in [0, 1); 0 takes none.
         draws: Epochs whose batches are drawn; later epochs take the same batches in turn, and the
-            teacher, which has seen them, is not asked again: its outputs are kept on the device.
-            Shen & Xing, ECCV 2022, arXiv:2112.01528. 0 draws every epoch anew.
+            teacher, which has seen them, is not asked again: its outputs are kept on the device,
+            four bytes for each example, class and draw. Shen & Xing, ECCV 2022, arXiv:2112.01528.
+            0 draws every epoch anew.
         seed: Seeds what the network itself draws, such as dropout.
 
     Raises:

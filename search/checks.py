@@ -23,7 +23,7 @@ from paretoprune.search.metrics import device_of, evaluating, forward
 from paretoprune.search.objectives import MEASURED
 from paretoprune.search.problem import Batch, Problem
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune
-from paretoprune.surgery.check import half_plan
+from paretoprune.surgery.trial_plans import whole_plan
 
 DAMAGE = "damage"
 """The sampler of `search.damage`."""
@@ -284,8 +284,7 @@ def check_trainable(problem: Problem, graph: PruningGraph) -> None:
             network does not run there.
     """
     inputs, targets = _first("calibration", problem.calibration)
-    names = [group.name for group in graph.open_groups]
-    pruned = prune(problem.model, graph, half_plan(graph, names))
+    pruned = prune(problem.model, graph, whole_plan(graph))
     networks = {"the network": copy.deepcopy(problem.model), "the pruned network": pruned}
     for name, network in networks.items():
         network = on_device(network).train()

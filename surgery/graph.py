@@ -16,7 +16,7 @@ from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Program
 
 if TYPE_CHECKING:
-    from paretoprune.surgery.record import Recording
+    from paretoprune.surgery.recorded import Recording
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Calibration batches, gathered and sampled."""
+"""Batches: which tensors have examples, and how they are gathered and sampled."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 Batches = Iterable[tuple[Any, Tensor]]
 """A re-iterable of (inputs, targets) batches."""
+
+
+def has_rows(leaf: object) -> bool:
+    """Tells whether a part of a network's inputs is a tensor with a dim for the examples."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
 def gather_inputs(calibration: Batches, images: int) -> Any:
@@ -22,17 +28,16 @@ def gather_inputs(calibration: Batches, images: int) -> Any:
     count = 0
     for inputs, _ in calibration:
         parts.append(inputs)
-        leaves = torch.utils._pytree.tree_leaves(inputs)
-        count += len(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        count += len(next(leaf for leaf in tree_leaves(inputs) if has_rows(leaf)))
         if count >= images:
             break
     if not parts:
         raise ValueError("reconstruction needs calibration data, but got no batch.")
 
     def join(*leaves: Any) -> Any:
-        return torch.cat(leaves)[:images] if isinstance(leaves[0], Tensor) else leaves[0]
+        return torch.cat(leaves)[:images] if has_rows(leaves[0]) else leaves[0]
 
-    return torch.utils._pytree.tree_map(join, *parts)
+    return tree_map(join, *parts)
 
 
 def sample_positions(total: int, samples: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from paretoprune.surgery.attributes import follow_numbers, follow_weights, has_n
 from paretoprune.surgery.copying import copied
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
-from paretoprune.surgery.record import Recorded
+from paretoprune.surgery.recorded import Recorded
 from paretoprune.surgery.resize import padded_widths
 from paretoprune.surgery.skip import Skip
 

@@ -21,7 +21,7 @@ from paretoprune.surgery.attributes import has_known_sizes, set_attribute, size_
 from paretoprune.surgery.errors import UnsupportedModel
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.prune import replace_module
-from paretoprune.surgery.record import CONSTANT, Recorded, Recording
+from paretoprune.surgery.recorded import CONSTANT, Recorded, Recording
 from paretoprune.surgery.skip import Skip
 
 SCHEMA = 1

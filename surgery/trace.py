@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.blocks import find_blocks
-from paretoprune.surgery.check import Attempt, attempt, broken, telling_copy, trial_plans
+from paretoprune.surgery.check import Attempt, attempt, broken, telling_copy
 from paretoprune.surgery.cost import Factor, Polynomial, Term
 from paretoprune.surgery.export import export_program
 from paretoprune.surgery.graph import Cut, Extent, Number, PruningGraph
@@ -19,9 +19,11 @@ from paretoprune.surgery.labels import Labels
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Program
 from paretoprune.surgery.prune import modules_outside
-from paretoprune.surgery.record import Recording, record
+from paretoprune.surgery.record import record
+from paretoprune.surgery.recorded import Recording
 from paretoprune.surgery.resize import VIEWS
 from paretoprune.surgery.tracer import Tracer
+from paretoprune.surgery.trial_plans import trial_plans
 
 
 def trace(model: nn.Module, example_inputs: Any, *, exhaustive: bool = False) -> PruningGraph:

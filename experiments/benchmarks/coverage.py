@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.surgery import PruningGraph, prune, trace
-from paretoprune.surgery.check import masked_outputs, telling_copy, whole_plan
+from paretoprune.surgery.check import masked_outputs, telling_copy
+from paretoprune.surgery.trial_plans import whole_plan
 
 RESULTS = Path(__file__).parents[1] / "results"
 LARGEST = 300_000_000

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from paretoprune.surgery.inputs import has_rows
+
 
 def count_examples(inputs: Any) -> int:
     """Returns the number of examples in a model's inputs, the first dim of its first tensor."""
@@ -18,8 +20,3 @@ def first_examples(inputs: Any, number: int) -> Any:
     """Returns the first examples of a model's inputs; repeats them if there are too few."""
     rows = torch.arange(number) % count_examples(inputs)
     return tree_map_only(Tensor, lambda leaf: leaf[rows] if has_rows(leaf) else leaf, inputs)
-
-
-def has_rows(leaf: object) -> bool:
-    """Tells whether a part of a model's inputs is a tensor with a dim for the examples."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0

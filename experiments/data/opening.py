@@ -32,11 +32,11 @@ from paretoprune.experiments.data.datasets import (
     digits,
     image_folder,
 )
-from paretoprune.experiments.data.examples import has_rows
 from paretoprune.experiments.data.sources import DatasetSource, ExampleArray, Source, float32
 from paretoprune.experiments.data.splits import Batches, sizes_for
 from paretoprune.experiments.references import call_reference
 from paretoprune.search.problem import Batch
+from paretoprune.surgery.inputs import has_rows
 
 _FOLDERS: Mapping[str, Callable[[Path, Split], Source]] = MappingProxyType(
     {"cifar10": cifar10, "imagefolder": image_folder}

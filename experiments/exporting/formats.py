@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from paretoprune.experiments.data.examples import count_examples, first_examples, has_rows
+from paretoprune.experiments.data.examples import count_examples, first_examples
 from paretoprune.search.evaluation import one_line
 from paretoprune.search.latency import Latency, one_thread, time_in_turns
 from paretoprune.search.metrics import forward
+from paretoprune.surgery.inputs import has_rows
 from paretoprune.surgery.program import as_call
 
 if TYPE_CHECKING:

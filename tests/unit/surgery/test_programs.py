@@ -14,7 +14,8 @@ from paretoprune.criteria import differentiable
 from paretoprune.surgery import PruningPlan, prune, trace
 from paretoprune.surgery.execute import Execution
 from paretoprune.surgery.export import export_program
-from paretoprune.surgery.record import Recorded, Recording, record
+from paretoprune.surgery.record import record
+from paretoprune.surgery.recorded import Recorded, Recording
 from tests.unit.surgery.oracles import counted, difference, half, masked_outputs, outputs
 
 

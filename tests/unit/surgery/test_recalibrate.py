@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery import prune, recalibrate, trace
-from paretoprune.surgery.record import Recorded, record
+from paretoprune.surgery.record import record
+from paretoprune.surgery.recorded import Recorded
 from tests.unit.surgery.oracles import half, outputs, same, state
 from tests.unit.surgery.specimens import ZOO, traced
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from paretoprune.experiments.models import digits_resnet, resnet20
 from paretoprune.surgery import PruningPlan, UnsupportedModel, load, prune, save, trace
-from paretoprune.surgery.record import Recorded
+from paretoprune.surgery.recorded import Recorded
 from tests.unit.surgery.oracles import call, difference, half, loss, outputs
 from tests.unit.surgery.specimen import settle
 from tests.unit.surgery.specimens import ZOO, traced

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paretoprune.surgery import PruningPlan, UnsupportedModel, prune, trace
-from paretoprune.surgery.check import half_plan, trial_plans
+from paretoprune.surgery.trial_plans import half_plan, trial_plans
 from tests.unit.surgery.oracles import (
     call,
     counted,
