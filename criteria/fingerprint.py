@@ -49,12 +49,23 @@ def of_setting(setting: object) -> str:
         case tuple():
             parts = [*setting]
         case nn.Module():
-            parts = [repr(setting), of_model(setting)]
+            # `repr` leaves out what a loss was given, such as its label smoothing
+            parts = [repr(setting), of_model(setting), *map(_numbers, setting.modules())]
         case Tensor():
             return _digest([("", setting)])
         case _:
             return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(setting))
     return _digest((str(at), of_setting(part)) for at, part in enumerate(parts))
+
+
+def _numbers(module: nn.Module) -> tuple[object, ...]:
+    """Returns the numbers and words that a module holds, beside whether it is in training."""
+    plain = {name: value for name, value in vars(module).items() if name != "training"}
+    return tuple(
+        (name, value)
+        for name, value in sorted(plain.items())
+        if isinstance(value, (bool, int, float, str))
+    )
 
 
 def _digest(items: Iterable[tuple[str, Any]]) -> str:

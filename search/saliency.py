@@ -105,16 +105,13 @@ def _measure(
 def _shared_part(model: nn.Module, graph: PruningGraph, calibration: SharedCalibration) -> str:
     """Returns the part of the key that all criteria have in common."""
     sizes = [(group.name, group.size, group.frozen is None) for group in graph.groups.values()]
-    loss: Any = calibration.loss
-    code = getattr(loss, "__code__", None)
     return repr(
         (
             fingerprints.of_model(model),
             fingerprints.of_batches(calibration),
             sizes,
             list(graph.blocks),
-            getattr(loss, "__qualname__", repr(loss)),
-            code and (code.co_code, code.co_consts),
+            fingerprints.of_setting(calibration.loss),
         )
     )
 

@@ -102,13 +102,48 @@ def loss(setting: Setting) -> None:
     setting.loss = mse
 
 
+def smoothing(setting: Setting) -> None:
+    setting.loss = nn.CrossEntropyLoss(label_smoothing=0.2)
+
+
+def importance(setting: Setting) -> None:
+    setting.loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0, 1.0]))
+
+
+def bound(scale: float) -> Any:
+    def scaled(outputs: Tensor, targets: Tensor) -> Tensor:
+        return scale * F.cross_entropy(outputs, targets)
+
+    return scaled
+
+
+def closure(setting: Setting) -> None:
+    setting.loss = bound(2.0)
+
+
 def settings(setting: Setting) -> None:
     setting.criteria = {"mine": Counting(seed=1)}
 
 
-@pytest.mark.parametrize("change", [weights, statistics, data, targets, loss, settings])
-def test_anything_else_is_measured_anew(setting: Setting, change: Any) -> None:
+@pytest.mark.parametrize(
+    ("change", "before"),
+    [
+        (weights, F.cross_entropy),
+        (statistics, F.cross_entropy),
+        (data, F.cross_entropy),
+        (targets, F.cross_entropy),
+        (settings, F.cross_entropy),
+        (loss, F.cross_entropy),
+        (smoothing, nn.CrossEntropyLoss()),
+        (importance, nn.CrossEntropyLoss()),
+        (closure, bound(1.0)),
+    ],
+)
+def test_anything_else_is_measured_anew(setting: Setting, change: Any, before: Any) -> None:
+    setting.loss = before
     setting.scores()
+    setting.scores()
+    assert len(calls) == 1
     change(setting)
     setting.scores()
     assert len(calls) == 2
