@@ -90,27 +90,29 @@ class Allowance:
 
 
 def fit(
-    allowance: Allowance, priorities: Sequence[Tensor], target: int
+    allowance: Allowance, priorities: Sequence[Tensor], target: int, within: float
 ) -> dict[str, tuple[int, ...]]:
     """Returns the kept units by group, with `0.99 * target < macs <= target`.
 
-    Where bounds leave only multiples, counts may jump over that window; then the plan has the
-    most MACs up to the target that exchanges between two groups at a time lead to.
+    Counts may jump over that window where bounds leave only multiples, or where `within` allows
+    it; then the plan has the most MACs up to the target that exchanges between two groups at a
+    time lead to.
 
     Args:
         allowance: Prices counts.
         priorities: Per group, shape (group.size,); the lowest leaves first.
         target: Budget in MACs, reachable.
+        within: How far under the target the plan may lie, as a share of it.
 
     Raises:
-        InfeasibleBudget: If unit counts jump over the window, without multiples.
+        InfeasibleBudget: If unit counts jump over the window and over `within`, without multiples.
     """
     if not allowance.groups:
         return {}
     steps = allowance.steps(priorities)
     levels = _fill(allowance, steps, _prefix(allowance, steps, target)[0], target)
     if allowance.macs_at(levels[None]).item() <= _SLACK * target:
-        levels = _nudge(allowance, levels, target)
+        levels = _nudge(allowance, levels, target, within)
     kept = {}
     counts = allowance.counts(levels[None])[0].int().tolist()
     for group, values, count in zip(allowance.groups, priorities, counts, strict=True):
@@ -173,7 +175,7 @@ def _fill(allowance: Allowance, steps: Sequence[Tensor], levels: Tensor, target:
         levels = levels + single[best]
 
 
-def _nudge(allowance: Allowance, levels: Tensor, target: int) -> Tensor:
+def _nudge(allowance: Allowance, levels: Tensor, target: int, within: float) -> Tensor:
     """Returns levels inside the window, by exchanging few steps of two groups at a time."""
     size = len(levels)
     chosen = torch.linspace(0, size - 1, min(size, _EXCHANGED)).long().unique()
@@ -200,7 +202,7 @@ def _nudge(allowance: Allowance, levels: Tensor, target: int) -> Tensor:
         if most < reached <= target:
             most, best = reached, levels
         seen.add(tuple(levels.tolist()))
-    if allowance.coarse:
+    if allowance.coarse or most > (1 - within) * target:
         return best
     raise InfeasibleBudget(
         f"no plan found between {_SLACK:.0%} and 100 % of the budget of {target:,} MACs "

@@ -27,6 +27,7 @@ def select(
     allocation: Allocation = "global",
     blocks: Mapping[str, float] | None = None,
     bounds: Bounds = UNBOUNDED,
+    within: float = 0.01,
 ) -> PruningPlan:
     """Returns the plan that keeps the units of highest saliency.
 
@@ -51,6 +52,8 @@ def select(
         allocation: `global` or `uniform`.
         blocks: Saliencies of removable blocks that may leave too, from `block_saliency`.
         bounds: Which counts groups may keep, and which blocks may go.
+        within: How far under the budget the plan may lie, as a share of it, where single units
+            are coarser than one percent.
 
     Returns:
         A plan with `0.99 * target < macs <= target`, or with the given ratios rounded to counts
@@ -91,7 +94,8 @@ def select(
         groups = rankable(graph, gone)
         allowance = Allowance(graph, groups, gone, bounds)
         _check_reachable(allowance, target, gone)
-        return PruningPlan(fit(allowance, _priorities(groups, saliency, allocation), target), gone)
+        priorities = _priorities(groups, saliency, allocation)
+        return PruningPlan(fit(allowance, priorities, target, within), gone)
 
     return _with_most_blocks(planned, removed, leaving)
 

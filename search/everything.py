@@ -42,6 +42,7 @@ from paretoprune.search.ledger import Ledger, Task, key_of
 from paretoprune.search.metrics import device_of, evaluate
 from paretoprune.search.problem import Problem
 from paretoprune.search.record import LAYER, NEURONS, Completed, Failed, Outcome, Record
+from paretoprune.search.space import COARSE
 from paretoprune.search.weights import RECOVERED, Weights
 from paretoprune.surgery import (
     InfeasibleBudget,
@@ -364,7 +365,7 @@ class Everything:
             yield LAYER, self._plan(layer)
         try:
             budget = max(less, self._target)
-            units = select(graph, saliency, budget=budget, bounds=self._bounds)
+            units = select(graph, saliency, budget=budget, bounds=self._bounds, within=COARSE)
         except InfeasibleBudget:
             return
         yield NEURONS, self._plan(units)

@@ -35,6 +35,8 @@ OFFSET = 2.3
 """Offsets lie in [-OFFSET, OFFSET]; they are added to the logarithms of saliencies."""
 SPARED = 1.0
 """The offset of residual streams in the seeds that spare them."""
+COARSE = 1.0
+"""How far under a budget plans may lie where single units are coarser than one percent of it."""
 SHIFT = 0.25
 """A block moves by at most this share of the ranking."""
 _BLOCK_SEEDS = (1, 2, 4)
@@ -253,6 +255,7 @@ class SearchSpace:
                 removed=removed,
                 allocation="uniform",
                 bounds=self.bounds,
+                within=COARSE,
             )
         base = base_saliency(saliency, candidate.allocation)
         factors = {name: math.exp(candidate.offsets.get(name, 0.0)) for name in base}
@@ -270,6 +273,7 @@ class SearchSpace:
             removed=removed,
             blocks=blocks,
             bounds=self.bounds,
+            within=COARSE,
         )
 
     def _repaired(

@@ -206,6 +206,10 @@ def test_a_window_that_units_jump_over_is_infeasible() -> None:
     graph = traced("grouped")[1]  # four units, so budgets are coarse
     with pytest.raises(InfeasibleBudget, match="coarser than the window: try another budget"):
         select(graph, random_saliency(graph, 0), budget=0.9)
+    plan = select(graph, random_saliency(graph, 0), budget=0.9, within=1.0)
+    assert 0.5 < graph.cost(plan).macs / graph.cost().macs <= 0.89  # as near as four units come
+    with pytest.raises(InfeasibleBudget, match="coarser than the window"):
+        select(graph, random_saliency(graph, 0), budget=0.9, within=0.02)
 
 
 @pytest.mark.parametrize(
