@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from paretoprune.criteria import (
     CRITERIA,
@@ -283,7 +285,7 @@ def check_trainable(problem: Problem, graph: PruningGraph) -> None:
         ValueError: If the loss does not take what the network returns in training, or a pruned
             network does not run there.
     """
-    inputs, targets = _first("calibration", problem.calibration)
+    inputs, targets = _some(problem.calibration)
     pruned = prune(problem.model, graph, whole_plan(graph))
     networks = {"the network": copy.deepcopy(problem.model), "the pruned network": pruned}
     for name, network in networks.items():
@@ -300,6 +302,15 @@ def check_trainable(problem: Problem, graph: PruningGraph) -> None:
                 f"{error}; a branch that runs in training alone, such as an auxiliary head, is "
                 f"not pruned: build the network without it, or search without training."
             ) from error
+
+
+def _some(batches: Iterable[Batch]) -> Batch:
+    """Returns a batch of at least two examples, where there are: norms take no single one."""
+    first = list(itertools.islice(batches, 2))
+    if len(first[0][1]) > 1 or len(first) == 1:
+        return first[0]
+    inputs, targets = zip(*first, strict=True)
+    return tree_map(lambda *parts: torch.cat(parts), *inputs), torch.cat(targets)
 
 
 def check_reachable(graph: PruningGraph, flops: float | int, bounds: Bounds = UNBOUNDED) -> int:

@@ -255,10 +255,12 @@ class _Following:
         self, executor: Callable[[Stage], Executor], stages: Sequence[Callable[[], Stage]]
     ) -> ParetoFront:
         """Runs the stages of a search one after the other and returns the front."""
-        for listener in self._listeners:
-            listener.started(self._info)
         interrupted = True
+        begun: list[Listener] = []
         try:
+            for listener in self._listeners:
+                begun.append(listener)  # before: the start itself may be interrupted
+                listener.started(self._info)
             for begin in stages:
                 stage = begin()
                 if not stage.tasks.done:
@@ -267,6 +269,6 @@ class _Following:
         except KeyboardInterrupt:
             raise SearchInterrupted(self.front) from None
         finally:
-            for listener in self._listeners:
+            for listener in begun:
                 listener.ended(self.front, interrupted)
         return self.front

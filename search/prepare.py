@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,7 +195,7 @@ def _info(
 ) -> SearchInfo:
     """Returns what the study notes of the search, or notes what is measured now."""
     noted = study.notes.get("search")
-    weights = fingerprint.of_model(problem.model)
+    seen = {"weights": fingerprint.of_model(problem.model), "data": _data(problem)}
     if noted is None:
         progress("loss and accuracy of the dense network", 0, 0)
         metrics = evaluate(model, problem.validation, problem.loss)
@@ -204,10 +204,11 @@ def _info(
             metrics["latency"] = dense_latency()
         info = _measured(problem, model, graph, space, request, metrics)
     else:
-        _check_same(space, request, study, weights)
+        _check_same(space, request, study, seen)
         info = SearchInfo.from_json(noted, tuple(study.records()))
     info = replace(info, trials=request.trials)
-    study.note("weights", weights)
+    for name, value in seen.items():
+        study.note(name, value)
     study.note("space", dict(space))
     study.note("search", info.to_json())
     return info
@@ -235,7 +236,15 @@ def _measured(
     )
 
 
-def _check_same(space: Mapping[str, Any], request: Request, study: Study, weights: str) -> None:
+def _data(problem: Problem) -> str:
+    """Returns what tells the search split apart, unless every reading may draw it anew."""
+    batches = problem.validation
+    return fingerprint.of_batches(batches) if isinstance(batches, Sequence) else ""
+
+
+def _check_same(
+    space: Mapping[str, Any], request: Request, study: Study, seen: Mapping[str, str]
+) -> None:
     """Verifies that a resumed run searches what it searched before."""
     older = {"granularity": "group", "bounds": UNBOUNDED.to_json()}  # where it is not noted
     before, now = older | study.notes["space"], space
@@ -243,11 +252,11 @@ def _check_same(space: Mapping[str, Any], request: Request, study: Study, weight
     changed = [key for key in now if now[key] != before.get(key)]
     if names != list(request.objectives):
         changed.append("objectives")
-    if study.notes.get("weights", weights) != weights:  # older runs do not note them
-        changed.append("weights")
+    # older runs do not note them
+    changed += [name for name, value in seen.items() if study.notes.get(name, value) != value]
     if changed:
         raise ValueError(
             f"this run holds a search with other settings ({', '.join(changed)} differ); start a "
-            f"new run, or resume it with the same network and weights, target, criteria, "
+            f"new run, or resume it with the same network, weights and data, target, criteria, "
             f"objectives, granularity and bounds."
         )

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from paretoprune.criteria import CRITERIA
 from paretoprune.search import Finetuning, Problem, search
-from paretoprune.search.checks import check_problem, criteria_by_name
+from paretoprune.search.checks import check_problem, check_trainable, criteria_by_name
 from paretoprune.search.objectives import chance_loss, objectives_of
-from paretoprune.surgery import Cost
+from paretoprune.surgery import Cost, trace
 
 DENSE = Cost(macs=100, params=10)
 
@@ -165,6 +165,17 @@ class OnlyInTraining(nn.Module):
             return logits
         more = self.auxiliary(features)
         return (logits, more) if self.returned else logits + more
+
+
+def test_norms_are_tried_on_more_than_one_example(problem: Problem, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    ((inputs, targets), *_) = problem.calibration
+    single = [(inputs[at : at + 1], targets[at : at + 1]) for at in range(8)]
+    mine = replace(problem, model=model.eval(), calibration=single)
+    graph = trace(mine.model, mine.example_inputs)
+    check_trainable(mine, graph)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        check_trainable(replace(mine, calibration=single[:1]), graph)
 
 
 @pytest.mark.parametrize(

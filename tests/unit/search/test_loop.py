@@ -191,6 +191,43 @@ def test_a_run_is_resumed_with_its_own_weights(problem: Problem, tmp_path: Path)
         run(replace(problem, model=other), tmp_path, Notes(), 3)
 
 
+def test_a_run_is_resumed_with_its_own_data(problem: Problem, tmp_path: Path) -> None:
+    run(problem, tmp_path, Notes(), 2)
+    other = [(1.1 * inputs, targets) for inputs, targets in problem.validation]
+    with pytest.raises(ValueError, match=r"other settings \(data differ\)"):
+        run(replace(problem, validation=other), tmp_path, Notes(), 3)
+    equal = [(inputs.clone(), targets.clone()) for inputs, targets in problem.validation]
+    run(replace(problem, validation=equal), tmp_path, Notes(), 3)
+
+
+def test_an_interrupt_while_the_start_is_told_ends_the_search_as_any_other(
+    problem: Problem, tmp_path: Path
+) -> None:
+    class Interrupted(Notes):
+        def started(self, info: SearchInfo) -> None:
+            raise KeyboardInterrupt
+
+    first, last = Interrupted(), Notes()
+    with pytest.raises(SearchInterrupted):
+        run(problem, tmp_path, first, listeners=[first, last])
+    assert (first.interrupted, last.interrupted) == ([True], [])  # `last` was told nothing
+    assert run(problem, tmp_path, Notes()).records
+
+
+@pytest.mark.parametrize("flops", [0.35, 0.5, 0.7])
+def test_a_network_of_few_units_is_searched_at_any_target(
+    problem: Problem, tmp_path: Path, flops: float
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Conv2d(5, 7, 3), nn.ReLU()]
+    narrow = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 4)).eval()
+    target = flops * trace(narrow, problem.example_inputs).cost().macs
+    run(replace(problem, model=narrow), tmp_path, Notes(), 3, flops=flops, criteria=("l2",))
+    macs = [one.cost.macs for one in read_run(tmp_path).records if one.cost is not None]
+    assert len(macs) == 3  # none of them is infeasible
+    assert 0.85 * target < max(macs) <= target
+
+
 def test_a_run_has_one_driver(problem: Problem, tmp_path: Path) -> None:
     study = Study(tmp_path / "journal.log", ("loss", "macs"), sampler="tpe", seed=0, trials=2)
     with pytest.raises(RunLocked, match="another search is running in"):
