@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from paretoprune.experiments import models
 from paretoprune.experiments.data.datasets import IMAGENET, Preparation
 from paretoprune.experiments.data.opening import Data, load_data
+from paretoprune.experiments.data.seeding import seeded
 from paretoprune.experiments.data.sources import float32, lists_classes, picked
 from paretoprune.experiments.data.splits import (
     Splits,
@@ -147,8 +148,7 @@ def build_problem(
         ValueError: If a name is unknown, something needed is not given, or data and network do
             not fit each other.
     """
-    with torch.random.fork_rng(devices=[]):  # initial weights come from the global generator
-        torch.manual_seed(seed)
+    with seeded(seed):  # initial weights come from the global generators
         if model in RECIPES:
             return RECIPES[model](data=data, weights=weights, seed=seed, progress=progress)
         kind, colon, _ = model.partition(":")
@@ -241,7 +241,7 @@ def _check_network(model: nn.Module, data: Data, *, exact: bool = False) -> None
     Raises:
         ValueError: If they do not fit each other.
     """
-    inputs, targets = float32(data.train.read(torch.arange(2)))
+    inputs, targets = float32(data.train.read(torch.arange(min(2, len(data.train)))))
     if data.classes is not None:  # too few classes are told below, in words of the data
         targets = torch.zeros_like(targets)
     batch = (inputs, targets)

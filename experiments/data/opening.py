@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
@@ -32,6 +31,7 @@ from paretoprune.experiments.data.datasets import (
     digits,
     image_folder,
 )
+from paretoprune.experiments.data.seeding import seeded
 from paretoprune.experiments.data.sources import DatasetSource, ExampleArray, Source, float32
 from paretoprune.experiments.data.splits import Batches, sizes_for
 from paretoprune.experiments.references import call_reference
@@ -81,7 +81,7 @@ def load_data(reference: str, *, seed: int = 0, preparation: Preparation = IMAGE
             (train, test): each a map-style Dataset, a DataLoader or a list of (inputs, targets)
             batches; test may be None. Of a DataLoader its dataset is taken where that gives the
             same examples; another one is read into memory, up to `MEMORY`.
-        seed: Seeds torch while a DataLoader is read.
+        seed: Seeds torch, numpy and Python while the function runs and a DataLoader is read.
         preparation: Of the images of `imagefolder:DIR`.
 
     Raises:
@@ -111,17 +111,16 @@ def _all_batches(opened: Callable[[Split], Source]) -> Batches:
 
 
 def _from_function(reference: str, seed: int) -> Data:
-    returned = call_reference(reference)
-    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-        raise ValueError(
-            f"a data function returns (train, test), but {reference} returned a "
-            f"{type(returned).__name__}."
-        )
-    train, test = returned
-    with torch.random.fork_rng(devices=[]):  # a DataLoader shuffles by the global generator
-        torch.manual_seed(seed)
+    with seeded(seed):  # functions split and DataLoaders shuffle by the global generators
+        returned = call_reference(reference)
+        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+            raise ValueError(
+                f"a data function returns (train, test), but {reference} returned a "
+                f"{type(returned).__name__}."
+            )
+        train, test = returned
         source, whole = _given_source(train, reference)
-    batches = None if test is None else partial(_given_batches, test)
+    batches = None if test is None else partial(_given_batches, test, reference)
     return Data(reference, source, batches, whole)
 
 
@@ -213,8 +212,8 @@ def _checked(batch: Any, reference: str) -> Batch:
     return inputs, targets
 
 
-def _given_batches(given: Any) -> Iterable[Batch]:
+def _given_batches(given: Any, reference: str) -> Iterable[Batch]:
     """Returns a given test set as batches."""
     if isinstance(given, (DataLoader, list, tuple)):
-        return [(float32(inputs), targets) for inputs, targets in given]
+        return [float32(_checked(batch, reference)) for batch in given]
     return Batches.of(DatasetSource(given))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
 
+from paretoprune.experiments.data.seeding import seeded
 from paretoprune.search.problem import Batch
 
 
@@ -138,8 +139,7 @@ class DatasetSource:
         else:
             dataset = self.plain if self.augmented is None else self.augmented
             seed = int(torch.randint(2**31, (), generator=augmentation))
-        with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
-            torch.manual_seed(seed)
+        with seeded(seed):  # transforms draw from the global generators
             return _batch([dataset[int(index)] for index in indices])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import textwrap
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from paretoprune.experiments.data.opening import load_data
 from paretoprune.experiments.data.sources import DatasetSource, ExampleArray
 
 MODULE = """
+import random
+
+import numpy
 import torch
 from torch.utils.data import (
     DataLoader,
@@ -37,6 +41,14 @@ def loaders():
 
 def sampled():
     return DataLoader(pairs(40), batch_size=16, sampler=SubsetRandomSampler([4, 9, 1])), None
+
+def drawn():
+    order = torch.from_numpy(numpy.random.permutation(40))
+    test = [(torch.tensor([[random.random()]]), torch.tensor([0]))]
+    return [(pairs(40).tensors[0][order], pairs(40).tensors[1][order])], test
+
+def test_of_dicts():
+    return pairs(40), DataLoader([{"image": 1.0, "label": 2}] * 4, batch_size=2)
 
 class Noisy(Dataset):
     targets = [index % 4 for index in range(8000)]
@@ -204,6 +216,27 @@ def test_a_loader_with_parts_of_its_own_is_read_by_seed() -> None:
     orders = [train.read(torch.arange(40))[0].tolist() for train in read]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
+
+
+def test_a_function_that_draws_by_numpy_or_python_is_read_by_seed() -> None:
+    np.random.seed(7)
+    random.seed(7)
+    opened = [load_data("user_data:drawn", seed=seed) for seed in (0, 0, 1)]
+    orders = [data.train.read(torch.arange(40))[0].flatten().tolist() for data in opened]
+    assert orders[0] == orders[1] != orders[2]
+    tests = [next(iter(data.test()))[0].item() for data in opened if data.test is not None]
+    assert tests[0] == tests[1] != tests[2]
+    after = (np.random.rand(), random.random())
+    np.random.seed(7)
+    random.seed(7)
+    assert after == (np.random.rand(), random.random())  # the generators were put back
+
+
+def test_a_test_set_of_something_else_is_refused() -> None:
+    test = load_data("user_data:test_of_dicts").test
+    assert test is not None
+    with pytest.raises(ValueError, match=r"a batch of user_data:test_of_dicts is a dict"):
+        test()
 
 
 def test_a_loader_that_memory_does_not_hold_is_cut_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
