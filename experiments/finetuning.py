@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +15,7 @@ from paretoprune.experiments.data.splits import TrainingBatches
 from paretoprune.experiments.training import Training, train
 from paretoprune.search import Problem
 from paretoprune.search.evaluation import on_device
-from paretoprune.search.metrics import device_of
+from paretoprune.search.metrics import device_of, evaluating, forward
 from paretoprune.search.problem import Epochs
 from paretoprune.surgery.progress import Lines
 
@@ -52,13 +53,15 @@ class FineTuner:
             training: How else.
 
         Raises:
-            ValueError: If the problem has no training data.
+            ValueError: If the problem has no training data, or nothing that can be distilled.
         """
         if problem.training is None:
             raise ValueError(
                 f"fine-tuning needs training data, but the problem {problem.name!r} has none; "
                 f"give its field `training`."
             )
+        if distil:
+            _check_classes(problem)
         return FineTuner(
             problem.training,
             replace(training, distillation=DISTILLATION) if distil else training,
@@ -89,3 +92,19 @@ class FineTuner:
             checkpoint=checkpoint,
             progress=progress,
         )
+
+
+def _check_classes(problem: Problem) -> None:
+    """Verifies that the dense network returns what is distilled: a logit for each class."""
+    inputs, _ = next(iter(problem.calibration))
+    with evaluating(problem.model), torch.no_grad():
+        outputs = forward(problem.model, inputs)
+    if isinstance(outputs, Tensor) and outputs.dim() > 1 and outputs.shape[1] > 1:
+        return
+    got = (
+        f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    )
+    raise ValueError(
+        f"distillation compares probabilities of classes, so that a network returns a tensor of "
+        f"shape (n, classes, ...), but {problem.name} returns {got}; train without it."
+    )

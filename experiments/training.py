@@ -289,7 +289,7 @@ def _loss(
         if taught is None:
             with torch.no_grad():
                 taught = _mixed(wise, seen.inputs, device_of(wise))
-            if training.draws:
+            if 0 < training.draws < training.epochs:  # else no batch comes again
                 kept[seen.key] = taught
         value = weight * distillation_loss(outputs, taught, training.temperature)
         return value if weight == 1 else value + (1 - weight) * own(outputs, targets)

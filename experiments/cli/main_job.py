@@ -213,12 +213,19 @@ def search(
 
 @app.command(epilog="Example: [bold]paretoprune resume resnet56-cifar10-50pct-1[/bold]")
 def resume(
-    run: Run, runs_dir: RunsDir = RUNS, quiet: Quiet = False, as_json: AsJson = False
+    run: Run,
+    trials: Annotated[
+        int | None,
+        typer.Option(help="Trials to finish, more than the run has.", show_default="as before"),
+    ] = None,
+    runs_dir: RunsDir = RUNS,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Continue an interrupted search, and write to MLflow what it lacks of a finished one."""
+    """Continue an interrupted search, or a finished one to more trials; complete MLflow."""
     from paretoprune.experiments.commands import search as command
 
-    command.resume(run, runs_dir=runs_dir, quiet=quiet, as_json=as_json)
+    command.resume(run, trials, runs_dir=runs_dir, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: [bold]paretoprune front digits-50pct-1 --format csv[/bold]")

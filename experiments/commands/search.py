@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -25,6 +26,7 @@ from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.mlflow_runs import log_reports
 from paretoprune.experiments.tracking.tracker import MlflowListener
+from paretoprune.experiments.units import format_count
 from paretoprune.search import (
     Finetuning,
     Problem,
@@ -35,6 +37,7 @@ from paretoprune.search import (
 )
 from paretoprune.search import search as run_search
 from paretoprune.search.evaluation import one_line
+from paretoprune.search.record import Failed
 from paretoprune.search.stages import EVALUATIONS
 from paretoprune.search.weights import FOLDER as WEIGHTS
 from paretoprune.search.weights import write_weights
@@ -98,10 +101,26 @@ def _has_begun(folder: Path, spec: RunSpec) -> bool:
     return True
 
 
-def resume(name: str, *, runs_dir: Path, quiet: bool, as_json: bool = False) -> None:
-    """Continues a run, and writes to MLflow what it lacks."""
+def resume(
+    name: str, trials: int | None, *, runs_dir: Path, quiet: bool, as_json: bool = False
+) -> None:
+    """Continues a run, to more trials where that is asked for; writes to MLflow what it lacks.
+
+    Raises:
+        ValueError: If the run has as many trials already.
+    """
     folder, spec = runs.load_run(runs_dir, name)
-    _search(problem_of(spec, quiet, folder), spec, folder, quiet, as_json)
+    if trials is not None:
+        if trials <= spec.trials:
+            raise ValueError(
+                f"--trials of resume is more than the run has, but got {trials} and {name} has "
+                f"{spec.trials} trials already."
+            )
+        spec = replace(spec, trials=trials)
+    problem = problem_of(spec, quiet, folder)
+    if trials is not None:
+        runs.write_json(folder / runs.RUN_FILE, spec.to_json())
+    _search(problem, spec, folder, quiet, as_json)
 
 
 def problem_of(spec: RunSpec, quiet: bool, folder: Path | None = None) -> Problem:
@@ -173,12 +192,39 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
     view = view_of(folder, spec)
     reported = _reported(problem, view, spec, folder, quiet)
     print_result(view, folder, as_json, reported)
-    if not view.front_rows:
-        raise typer.Exit(1)
+    _say_failed(view, folder)
     if as_json:
         return
     typer.echo(f"look at it:      paretoprune ui {_named(folder)}")
     typer.echo(f"export the best: paretoprune export {_named(folder)} --to DIR")
+
+
+def _say_failed(view: SearchView, folder: Path) -> None:
+    """Says what a search did not do of what it was asked for.
+
+    Raises:
+        typer.Exit: With status 1, if there is no network at the target, or none of those that were
+            to be fine-tuned is.
+    """
+    tried = [record for record in view.records if record.finetuned is not None]
+    failed = [record for record in tried if isinstance(record.finetuned, Failed)]
+    for record in failed:
+        assert isinstance(record.finetuned, Failed)
+        typer.echo(
+            f"fine-tuning of trial {record.number} failed: {record.finetuned.error}; it is tried "
+            f"again by: paretoprune resume {_named(folder)}",
+            err=True,
+        )
+    if view.best is None and view.front_rows:
+        least = min(row.macs for row in view.front_rows)
+        typer.echo(
+            f"no trial of {len(view.records)} meets the target of {format_count(view.target)} "
+            f"MACs; the smallest network has {format_count(least)}. Go on with: "
+            f"paretoprune resume {_named(folder)} --trials {2 * len(view.records)}",
+            err=True,
+        )
+    if view.best is None or (tried and len(failed) == len(tried)):
+        raise typer.Exit(1)
 
 
 def _reported(

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Completed, ParetoFront, Record
-from paretoprune.search.record import LAYER, NEURONS
+from paretoprune.search.record import LAYER, NEURONS, Failed
 from paretoprune.surgery import Cost, PruningPlan
 
 
@@ -41,6 +41,7 @@ class Row:
             handed out without it; None without one.
         finetuned_accuracy_before: Its accuracy; None likewise.
         finetuning_taken: Whether the fine-tuned network is no worse and handed out; None without.
+        finetuning_error: Why fine-tuning failed; None unless it did.
         latency: Milliseconds of a forward pass; None where it is no objective.
     """
 
@@ -61,6 +62,7 @@ class Row:
     finetuned_loss_before: float | None = None
     finetuned_accuracy_before: float | None = None
     finetuning_taken: bool | None = None
+    finetuning_error: str | None = None
     latency: float | None = None
 
 
@@ -100,6 +102,7 @@ def _row(record: Record, outcome: Completed, dense: Cost, on_front: bool) -> Row
         finetuned_loss_before=after.get("loss_before"),
         finetuned_accuracy_before=after.get("accuracy_before"),
         finetuning_taken=record.finetuning_taken if after else None,
+        finetuning_error=record.finetuned.error if isinstance(record.finetuned, Failed) else None,
         latency=metrics.get("latency"),
     )
 
@@ -186,7 +189,7 @@ def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, fl
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in number_heads(dense_metrics):
         table.add_column(name, justify="right", no_wrap=True)
-    finetuned = any(row.finetuned_loss is not None for row in rows)
+    finetuned = any(row.finetuned_loss is not None or row.finetuning_error for row in rows)
     if finetuned:
         table.add_column("fine-tuned", justify="right", no_wrap=True)
     for name in WORDS:
@@ -244,7 +247,7 @@ def _finetuned(row: Row) -> str:
     Loss where there is no accuracy, or where it was not taken for its loss alone.
     """
     if row.finetuning_taken is None:
-        return "–"
+        return "–" if row.finetuning_error is None else "failed"
     before, after = _before(row), (row.finetuned_loss, row.finetuned_accuracy)
     worse = "" if row.finetuning_taken else ", not taken"
     if before[1] is None or after[1] is None or (worse and after[1] >= before[1]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,17 @@ def test_a_part_of_a_loader_is_searched_with_but_not_trained_on(
         problem = build_problem("user_nets:narrow", data="user_nets:collating")
     with pytest.raises(ValueError, match="fine-tuning needs training data"):
         FineTuner.of(problem, distil=False)
+
+
+def test_only_logits_of_classes_are_distilled() -> None:
+    problem = build_problem("user_nets:net", data="user_nets:loader")
+    assert FineTuner.of(problem, distil=True).teacher is problem.model
+    one = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(1))
+    one(problem.example_inputs)
+    with pytest.raises(
+        ValueError, match=r"distillation compares .* but .* returns shape \(\d+, 1\)"
+    ):
+        FineTuner.of(replace(problem, model=one), distil=True)
 
 
 @pytest.mark.parametrize(

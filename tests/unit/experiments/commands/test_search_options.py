@@ -128,6 +128,31 @@ def test_latency_is_measured_shown_and_tracked(
     )
 
 
+def test_a_finished_search_goes_on_to_more_trials(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search(untrained, tmp_path, "more", "--flops", "60%", "--trials", "2") == 0
+    resume = ["resume", "more", "--runs-dir", str(tmp_path), "--quiet"]
+    assert main([*resume, "--trials", "4"]) == 0
+    assert len(read_run(tmp_path / "more").records) == 4
+    capsys.readouterr()
+    assert main([*resume, "--trials", "4"]) == 2
+    assert "more than the run has, but got 4 and more has 4" in capsys.readouterr().err
+    assert main(resume) == 0  # remembered: there is nothing left to do
+    assert len(read_run(tmp_path / "more").records) == 4
+
+
+def test_steps_that_end_above_the_target_are_no_success(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--flops", "20%", "--strategy", "everything", "--trials", "2")
+    assert search(untrained, tmp_path, "short", *options) == 1
+    said = capsys.readouterr()
+    assert "no trial of 2 meets the target" in said.err
+    assert "--trials 4" in said.err
+    assert "export the best" not in said.out
+
+
 def test_steps_keep_to_multiples_and_exclusions(untrained: str, tmp_path: Path) -> None:
     options = ("--multiple", "4", "--exclude", "layer2.1", "--strategy", "everything")
     assert search(untrained, tmp_path, "steps", "--flops", "70%", *options) == 0
