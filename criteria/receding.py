@@ -137,7 +137,8 @@ class Receding:
     """Scale of a channel's BatchNorm after a short training that lets weak ones recede.
 
     The training runs on the calibration data. A network that was receded before, on more data (see
-    `recede`), is scored as it is. Groups without BatchNorm and blocks are scored as by `BnScale`.
+    `recede`), is scored as it is. Groups without BatchNorm and blocks are scored as by `BnScale`,
+    and so is a network that has no others.
 
     Attributes:
         epochs: Passes over the data.
@@ -200,9 +201,14 @@ def recede(
         progress: Receives a line per epoch.
 
     Raises:
-        ValueError: If there is no batch, or the loss stops being finite.
+        ValueError: If the network has no BatchNorm with scales, there is no batch, the loss stops
+            being finite, or scales reach 0 or 1.
     """
     network = to_sigbn(model).train()
+    if not gammas(network):
+        raise ValueError(
+            "sparsity training makes the scales of BatchNorms recede, but the network has none."
+        )
     weights = dict(network.named_parameters())
     bounded = {id(gamma) for gamma in gammas(network)}
     for parameter in weights.values():
@@ -280,8 +286,15 @@ def _epoch(
         return None
     mean = total / max(1, examples)
     if not math.isfinite(mean):
-        raise ValueError(
-            f"sparsity training diverged (the loss is {mean}); take a lower learning rate than "
-            f"{settings.learning_rate}."
-        )
+        raise _diverged(f"the loss is {mean}", settings)
+    scales = torch.cat([gamma.detach().sigmoid() for gamma in gammas(network)])
+    if not bool(((scales > 0) & (scales < 1)).all()):  # they would not be known as bounded ones
+        raise _diverged("scales reach 0 or 1, which bounded ones only come near", settings)
     return mean
+
+
+def _diverged(why: str, settings: Receding) -> ValueError:
+    return ValueError(
+        f"sparsity training diverged ({why}); take a lower learning rate than "
+        f"{settings.learning_rate}."
+    )

@@ -6,6 +6,8 @@ import difflib
 import importlib
 import inspect
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.experiments.data.datasets import IMAGENET, Preparation
+from paretoprune.search.evaluation import one_line
 
 LIBRARIES = ("torchvision", "timm")
 """Prefixes of MODEL references that name a library and not a package."""
@@ -50,7 +53,7 @@ def import_reference(reference: str) -> Callable[..., Any]:
 
     Raises:
         ValueError: If the reference has another form, or its module, or the function in it,
-            is not there.
+            is not there, or importing it fails.
     """
     module_name, _, name = reference.partition(":")
     if not module_name or not name.isidentifier():
@@ -65,6 +68,10 @@ def import_reference(reference: str) -> Callable[..., Any]:
             f"cannot import {module_name!r} of {reference!r} ({error}); run from the folder that "
             f"holds it, or install it."
         ) from error
+    except Exception as error:  # a module may do anything as it is imported
+        raise ValueError(
+            f"cannot import {module_name!r} of {reference!r}: {one_line(error)} ({_place(error)})."
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value)]
@@ -72,6 +79,17 @@ def import_reference(reference: str) -> Callable[..., Any]:
             f"module {module_name!r} has no function {name!r}; {close_matches(name, functions)}"
         )
     return function  # type: ignore[no-any-return]
+
+
+def _place(error: Exception) -> str:
+    """Returns file:line where an import failed: the last line that is of no library."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    _, *frames = traceback.extract_tb(error.__traceback__)  # the first is ours
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ")
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    last = (own or frames)[-1]
+    return f"{last.filename}:{last.lineno}"
 
 
 def call_reference(reference: str, **available: Any) -> Any:

@@ -12,6 +12,7 @@ from paretoprune.criteria.bottlenecks import Pressure, pressures, reset, widen
 from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
 from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.experiments.comparison import Comparison
+from paretoprune.experiments.exporting.export import check_destination
 from paretoprune.experiments.runs import SALIENCY_DIR
 from paretoprune.experiments.units import format_count, format_percent, parse_flops
 from paretoprune.search import Problem, checks
@@ -41,6 +42,8 @@ def bottlenecks(
     chosen = checks.criteria_by_name([criterion])
     if not factor > 1:
         raise ValueError(f"a widening factor lies above 1, but got {factor}.")
+    if to is not None:
+        check_destination(to)
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
     checks.check_reachable(graph, target)
     with long_step(progress_console(), f"Measuring {criterion}", quiet=quiet) as progress:

@@ -49,16 +49,18 @@ def compare(
     targets = [parse_flops(part) for part in flops.split(",")]
     names = CHEAP if criteria is None else tuple(n.strip() for n in criteria.split(","))
     chosen = checks.criteria_by_name(names)
+    if to is not None and to.exists() and not to.is_dir():
+        raise ValueError(f"--to takes a folder, but {to} is a file.")
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
     for target in targets:
         checks.check_reachable(graph, target, bounds)
+    folder = to or runs_dir / "comparisons" / problem.name.replace(":", "-").replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
     with long_step(progress_console(), "Measuring saliencies", quiet=quiet) as progress:
         comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress, bounds)
     with long_step(progress_console(), "Comparing", quiet=quiet) as progress:
         rankings = ("units", "units and blocks") if blocks and graph.blocks else ("units",)
         shots = list(comparison.shots(targets, rankings=rankings, progress=progress))  # type: ignore[arg-type]
-    folder = to or runs_dir / "comparisons" / problem.name.replace(":", "-").replace("/", "-")
-    folder.mkdir(parents=True, exist_ok=True)
     file = write_csv(shots, folder / "criteria.csv")
     figure = comparison_png(shots, f"{problem.name}: criteria one-shot, search split")
     figure.savefig(folder / "criteria.png")

@@ -132,11 +132,12 @@ def _registered(
         return "not registered: " + (
             "its inputs are no single tensor" if file.exists() else "the run is not there"
         )
-    where = json.loads(file.read_text())
     metrics = {k: v for report in done.reports for k, v in report.metrics.items()}
-    place = ExportPlace(where["uri"], where["experiment"], spec.id, record.number, problem.name)
     try:
-        about = (done.directory / "README.md").read_text()
+        where = json.loads(file.read_text())
+        uri, experiment = where["uri"], where["experiment"]
+        place = ExportPlace(uri, experiment, spec.id, record.number, problem.name)
+        about = (done.directory / "README.md").read_text(encoding="utf-8")
         return register_export(
             place, done.directory, done.model, example, about=about, metrics=metrics
         )

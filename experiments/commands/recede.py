@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import typer
 
-from paretoprune.criteria.receding import Receding, is_receded, recede
+from paretoprune.criteria.receding import Receding, recede
 from paretoprune.experiments.commands.progress import long_step, progress_console
 from paretoprune.experiments.commands.stages import Stages
 from paretoprune.experiments.commands.traced import traced_problem
@@ -37,10 +37,13 @@ def recede_network(
     file beside `to` holds what was done, epoch by epoch, until all is.
 
     Raises:
-        ValueError: If an argument cannot be meant, or the training diverges.
+        ValueError: If an argument cannot be meant, the network has no BatchNorm with scales, or
+            the training diverges.
     """
     checks.check_count("--epochs", settings["epochs"], 1)
     checks.check_count("--seed", settings["seed"], 0)
+    if to.suffix != ".safetensors":  # --weights goes by it
+        raise ValueError(f"--to takes a file that ends in .safetensors, but got {to}.")
     if to.exists():
         raise ValueError(f"{to} exists already; take another --to.")
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +64,6 @@ def recede_network(
             checkpoint=checkpoint,
             progress=told.tell,
         )
-    assert is_receded(receded), "what is converted back has bounded scales and no shifts"
     write_weights(receded, to)
     checkpoint.unlink(missing_ok=True)
     for name, each in (("before", network), ("receded", receded)):

@@ -149,7 +149,7 @@ def export(
             reference=problem.reference,
         )
         (folder / "README.md").write_text(
-            model_card(facts, *measured, written, [*reported.values()])
+            model_card(facts, *measured, written, [*reported.values()]), encoding="utf-8"
         )
     return Exported(directory, small, *measured, written, tuple(reported.values()))
 

@@ -1,9 +1,10 @@
 """What the scripts that reproduce the papers' tables share: options, problems, training, rows.
 
 A row is written once it is measured, and never measured again; what is trained for a row lies in
-`--work`, epoch by epoch, so that a script that was stopped goes on where it was. Such a row leaves
-seconds and energy empty, because what went before was not measured. Networks without weights under
-$PARETOPRUNE_DATA are trained there first, on the training images outside the search split.
+`--work`, epoch by epoch, so that a script that was stopped goes on where it was. A row that takes
+what was trained before, whole or in part, leaves seconds and energy empty, because its own
+measurement is no longer all that it took. Networks without weights under $PARETOPRUNE_DATA are
+trained there first, on the training images outside the search split.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import csv
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,20 +101,18 @@ class Results:
     Attributes:
         file: The CSV.
         keys: Columns that tell rows apart, beside those in `SCALE`.
-        work: Folder of what is trained.
         reports: What `--report` asks for.
     """
 
     file: Path
     keys: tuple[str, ...]
-    work: Path
     reports: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, str]]:
         """Returns the rows that are there."""
         if not self.file.exists():
             return []
-        return list(csv.DictReader(self.file.read_text().splitlines()))
+        return list(csv.DictReader(self.file.read_text(encoding="utf-8").splitlines()))
 
     def find(self, row: Mapping[str, Any]) -> dict[str, str] | None:
         """Returns the row with the same keys; None if it was not measured."""
@@ -125,34 +124,30 @@ class Results:
     def _key(self, row: Mapping[str, Any]) -> str:
         return " ".join(str(row[name]) for name in (*self.keys, *SCALE))
 
-    def _begun(self, row: Row) -> bool:
-        """Returns whether a row was begun before, and notes that it is now."""
-        file, line = self.work / f"{self.file.stem}.begun", self._key(row)
-        if file.exists() and line in file.read_text().splitlines():
-            return True
-        self.work.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as stream:
-            stream.write(f"{line}\n")
-        return False
-
-    def measure(self, row: Row, measured: Callable[[], Row]) -> None:
+    def measure(
+        self, row: Row, measured: Callable[[], Row], reused: list[Path] | None = None
+    ) -> None:
         """Measures a row and adds it, unless it is there.
 
         Args:
             row: Keys, and all that is known before.
             measured: Returns the other columns.
+            reused: `Bench.reused` of the bench that `measured` trains on; emptied before. None if
+                it trains nothing.
         """
         if self.find(row) is not None:
             return
-        begun, start = self._begun(row), time.perf_counter()
+        taken: list[Path] = [] if reused is None else reused
+        taken.clear()
+        start = time.perf_counter()
         found = worked(self.reports, measured)
         whole = {**row, **found, "seconds": round(time.perf_counter() - start), **described()}
-        if begun:
+        if taken:
             whole |= dict.fromkeys(("seconds", *WORK), "")
         print(whole, flush=True)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         new = not self.file.exists()
-        with self.file.open("a", newline="") as stream:
+        with self.file.open("a", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(whole))
             if new:
                 writer.writeheader()
@@ -169,6 +164,7 @@ class Bench:
         seed: Of all that is drawn.
         problem: With few training images where the options say so.
         graph: Of the dense network.
+        reused: What `file` found of earlier work; see `Results.measure`.
     """
 
     options: argparse.Namespace
@@ -176,6 +172,7 @@ class Bench:
     seed: int
     problem: Problem
     graph: PruningGraph
+    reused: list[Path] = field(default_factory=list)
 
     @staticmethod
     def of(options: argparse.Namespace, network: str, seed: int, *, trained: bool = True) -> Bench:
@@ -225,11 +222,22 @@ class Bench:
         }
 
     def file(self, name: str) -> Path:
-        """Returns where something that is trained is kept; other scales have other folders."""
+        """Returns where something that is trained is kept, and notes what is there of it.
+
+        Other scales have other folders. All scripts share them, so that a dense network is trained
+        once; what other scripts could mean something else by is named after the script, too.
+
+        Args:
+            name: Of the file, without `.safetensors`; a checkpoint ends in `.part` instead, and
+                the folder of a search in nothing.
+        """
         scale = [getattr(self.options, name) for name in SCALE if name != "test_images"]
         folder = self.options.work / "-".join(map(str, [self.network, *scale, self.seed]))
         folder.mkdir(parents=True, exist_ok=True)
-        return Path(folder / f"{name}.safetensors")
+        file: Path = folder / f"{name}.safetensors"
+        kinds = (file, file.with_suffix(".part"), file.with_suffix(""))
+        self.reused.extend(one for one in kinds if one.exists())
+        return file
 
     def train(
         self,

@@ -71,11 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = made.parse_args(arguments)
     keys = ("network", "method", "reduction", "seed", "recovery", "trials", "criterion", "draws")
     out = options.out or RESULTS / "everything.csv"
-    results = Results(out, keys, options.work, options.report)
+    results = Results(out, keys, options.report)
     for bench in benches(options):
         for reduction in numbers(options.reductions):
             for row, method in _rows(bench, reduction, results):
-                results.measure(row, method)
+                results.measure(row, method, bench.reused)
 
 
 def _rows(
@@ -127,7 +127,7 @@ def _searched(
         top=1,
         recovery=options.recovery if greedy else 0,
     )
-    folder = _folder(bench, f"{name}-{reduction}")
+    folder = _folder(bench, f"{name}-{reduction}-{epochs}")
     front = search(
         problem,
         1 - reduction / 100,
@@ -141,7 +141,7 @@ def _searched(
         saliency_dir=options.work / ".saliency",
     )
     best = _finetuned(front)
-    spent = epochs
+    spent = int(best.finetuned_metrics["epochs"])
     if greedy:
         spent += options.recovery * len(read_run(folder).records)
     return _found(bench, best, Weights.of_run(folder), spent)

@@ -7,13 +7,12 @@ A row that was not run in full says so; a published row that we have no row for 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 
 from paretoprune.experiments.measuring.robustness import EPSILONS
-from paretoprune.experiments.reproduce.common import RESULTS
+from paretoprune.experiments.reproduce.common import RESULTS, Results
 from paretoprune.experiments.reproduce.published import PUBLISHED, Published
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
@@ -39,7 +38,7 @@ than the full run; nothing is estimated.
 
 def main() -> None:
     """Writes the page."""
-    PAGE.write_text(page(RESULTS))
+    PAGE.write_text(page(RESULTS), encoding="utf-8")
 
 
 def page(results: Path) -> str:
@@ -51,16 +50,14 @@ def page(results: Path) -> str:
     parts = [HEAD]
     for table, (title, what) in TITLES.items():
         file = results / f"{table}.csv"
-        rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+        rows = Results(file, ()).rows()
         published = [row for row in PUBLISHED if row.table == table]
         if rows or published:
             parts.append(f"## {title}\n\n" + "\n".join(_table(rows, published, what)) + "\n")
         reported = [row for row in rows if row.get("fgsm_8") or row.get("latency_ms")]
         if reported:
             parts.append(f"### {title}: robustness and energy\n\n{_reported(reported, what)}\n")
-    timed = results / "sosp-time.csv"
-    if timed.exists():
-        rows = list(csv.DictReader(timed.read_text().splitlines()))
+    if rows := Results(results / "sosp-time.csv", ()).rows():
         parts.append(f"## SOSP: seconds on 256 images\n\n{_timed(rows)}\n")
     return "\n".join(parts)
 

@@ -40,14 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(
         options.out or RESULTS / "proscore.csv",
         ("network", "method", "reduction", "seed"),
-        options.work,
         options.report,
     )
     for bench in benches(options):
         for method in names(options.methods):
             for reduction in numbers(options.reductions):
                 row = {**bench.keys, "method": method, "reduction": reduction}
-                results.measure(row, partial(_measure, bench, method, reduction))
+                measured = partial(_measure, bench, method, reduction)
+                results.measure(row, measured, bench.reused)
 
 
 def _measure(bench: Bench, method: str, reduction: float) -> Row:
@@ -57,7 +57,7 @@ def _measure(bench: Bench, method: str, reduction: float) -> Row:
     plan = select(graph, saliency, budget=1 - reduction / 100)
     small = prune(problem.model, graph, plan)
     before = bench.accuracy(small)
-    after = bench.train(small, f"{method}-{reduction}")
+    after = bench.train(small, f"proscore-{method}-{reduction}")
     return {
         **bench.costs(plan),
         "large_removed": _large_removed(bench, plan),

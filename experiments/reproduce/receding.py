@@ -60,7 +60,6 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(
         options.out or RESULTS / "receding.csv",
         ("network", "method", "reduction", "seed"),
-        options.work,
         options.report,
     )
     for bench in benches(options, trained=False):
@@ -68,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
             for reduction in numbers(options.reductions):
                 row = {**bench.keys, "learning_rate": RATE, "method": method}
                 row["reduction"] = reduction
-                results.measure(row, partial(_measure, bench, method, reduction))
+                measured = partial(_measure, bench, method, reduction)
+                results.measure(row, measured, bench.reused)
 
 
 def _measure(bench: Bench, method: str, reduction: float) -> Row:
@@ -82,7 +82,8 @@ def _measure(bench: Bench, method: str, reduction: float) -> Row:
     dense = dense.cpu()
     small = prune(dense, bench.graph, plan)
     before = bench.accuracy(small)
-    after = bench.train(small, f"{method}-{reduction}", rate=RATE, decay=DECAY)
+    name = f"receding-{method}-{reduction}"
+    after = bench.train(small, name, rate=RATE, decay=DECAY)
     return {
         **bench.costs(plan),
         "accuracy_before": before,

@@ -59,20 +59,19 @@ def main(arguments: list[str] | None = None) -> None:
     parts = names(options.parts)
     file = options.out or RESULTS / "sosp.csv"
     keys = ("network", "method", "reduction", "seed")
-    places = options.work, options.report
-    ratios = Results(file, keys, *places)
-    widened = Results(file.with_name(f"{file.stem}-bottlenecks.csv"), keys, *places)
+    ratios = Results(file, keys, options.report)
+    widened = Results(file.with_name(f"{file.stem}-bottlenecks.csv"), keys, options.report)
     timed = file.with_name(f"{file.stem}-time.csv")
-    times = Results(timed, ("network", "method", "seed"), options.work)
+    times = Results(timed, ("network", "method", "seed"))
     for bench in benches(options) if {"ratios", "bottlenecks"} & {*parts} else ():
         for reduction in numbers(options.reductions):
             row: Row = {**bench.keys, "reduction": reduction}
             for method in names(options.methods) if "ratios" in parts else ():
                 measured = partial(_ratio, bench, method, reduction)
-                ratios.measure({**row, "method": method}, measured)
+                ratios.measure({**row, "method": method}, measured, bench.reused)
             for method in WIDENINGS if "bottlenecks" in parts else ():
                 measured = partial(_widened, bench, method, reduction)
-                widened.measure({**row, "method": method}, measured)
+                widened.measure({**row, "method": method}, measured, bench.reused)
     for seed, (blocks, width) in product(numbers(options.seeds), SIZES if "time" in parts else ()):
         for method in names(options.methods):
             row = {
@@ -104,7 +103,7 @@ def _ratio(bench: Bench, method: str, reduction: float) -> Row:
     plan = without_lowest(graph.open_groups, saliency, reduction / 100, least=LEAST)
     small = prune(problem.model, graph, plan)
     before = bench.accuracy(small)
-    after = bench.train(small, f"{method}-{reduction}")
+    after = bench.train(small, f"sosp-{method}-{reduction}")
     return {
         **bench.costs(plan),
         "criterion_seconds": round(seconds, 2),

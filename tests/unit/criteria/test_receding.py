@@ -269,9 +269,19 @@ def test_a_checkpoint_that_is_not_ours_is_not_taken(tmp_path: Path, broken: str)
     assert all(torch.equal(v, fresh.state_dict()[n]) for n, v in taken.state_dict().items())
 
 
-def test_divergence_is_said_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"sparsity training diverged .* lower learning rate"):
-        recede(network(), data(), F.cross_entropy, Receding(epochs=3, learning_rate=1e12))
+@pytest.mark.parametrize(("rate", "why"), [(1e30, "the loss is"), (1e3, "scales reach 0 or 1")])
+def test_divergence_is_said_in_a_sentence(rate: float, why: str) -> None:
+    lines: list[str] = []
+    settings = Receding(epochs=3, learning_rate=rate)
+    with pytest.raises(ValueError, match=rf"training diverged \({why}.* lower learning rate"):
+        recede(network(), data(), F.cross_entropy, settings, progress=lines.append)
+    assert not lines, "an epoch that diverged is not told, and the first one did"
+
+
+def test_a_network_without_scales_has_nothing_that_recedes() -> None:
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    with pytest.raises(ValueError, match="scales of BatchNorms recede, but the network has none"):
+        recede(bare, data(), F.cross_entropy, Receding())
 
 
 def test_a_network_that_receded_is_scored_without_training() -> None:

@@ -5,7 +5,9 @@ Untrained weights for what runs them.
 
 from __future__ import annotations
 
+import locale
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,15 @@ class MadeUp:
 def made_up() -> type[MadeUp]:
     """Makes records and views."""
     return MadeUp
+
+
+@pytest.fixture
+def ascii_locale() -> Iterator[None]:
+    """A locale whose files are ASCII unless they say what they are."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,23 @@ def test_a_missing_module_is_named() -> None:
         import_reference("no_such_module:net")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import json\n\nraise RuntimeError('boom')\n", r"RuntimeError: boom \(.*wrong\.py:3\)"),
+        ("import json\n\njson.loads('{')\n", r"JSONDecodeError: Expecting .* \(.*wrong\.py:3\)"),
+        ("\ndef net(:\n", r"SyntaxError: .* \(.*wrong\.py:2\)"),
+    ],
+)
+def test_a_module_that_fails_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    (tmp_path / "wrong.py").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(ValueError, match=rf"cannot import 'wrong' of 'wrong:net': {said}\.$"):
+        import_reference("wrong:net")
+
+
 def test_a_missing_function_is_met_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="no function 'load_'; did you mean load or"):
         import_reference("json:load_")

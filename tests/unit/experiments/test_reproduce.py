@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from paretoprune.criteria.checkpoint import Checkpoint
 from paretoprune.experiments import recipes
 from paretoprune.experiments.models import resnet110, vgg16
 from paretoprune.experiments.reproduce import everything, proscore, receding, sosp
+from paretoprune.experiments.reproduce import page as writing
 from paretoprune.experiments.reproduce.common import SCALE, Results, without_lowest
 from paretoprune.experiments.reproduce.page import page
 from paretoprune.experiments.reproduce.published import PUBLISHED
 from paretoprune.experiments.training import Training
+from paretoprune.search import read_run
 from paretoprune.surgery import trace
 
 SMALL = ["--networks", "digits", "--epochs", "1", "--images", "300", "--test-images", "120"]
@@ -60,6 +63,8 @@ def test_rows_are_measured_once(
         assert (row["epochs"], row["images"], row["test_images"]) == ("1", "300", "120")
         assert 0 <= float(row["accuracy"]) <= 100
         assert row["torch"] == torch.__version__.split("+")[0]
+        first = name != "receding" or row["reduction"] == "0.0"  # it trains the dense network
+        assert (row["seconds"] != "") == first
     if name == "everything":
         by_method = {row["method"]: row for row in found}
         assert all(float(row["macs_reduction"]) >= 60 for row in found)
@@ -75,22 +80,84 @@ def test_rows_are_measured_once(
     assert "epoch" not in capsys.readouterr().out.replace("'epochs", "")
 
 
-def test_a_row_that_goes_on_does_not_say_what_it_took(tmp_path: Path) -> None:
-    results = Results(tmp_path / "rows.csv", ("method",), tmp_path / "work", ("energy",))
+def test_a_row_of_earlier_work_does_not_say_what_it_took(tmp_path: Path) -> None:
+    results = Results(tmp_path / "rows.csv", ("method",), ("energy",))
     scale = dict.fromkeys(SCALE, 1)
+    reused = [tmp_path / "what the row before took"]
 
-    def stopped() -> dict[str, Any]:
-        raise KeyboardInterrupt
+    def goes_on() -> dict[str, Any]:
+        reused.append(tmp_path / "l2.part")
+        return {"accuracy": 90}
 
-    with pytest.raises(KeyboardInterrupt):
-        results.measure({"method": "l1", **scale}, stopped)
-    for method in ("l1", "l2"):
-        results.measure({"method": method, **scale}, lambda: {"accuracy": 90})
-    resumed, whole = rows(tmp_path / "rows.csv")
+    results.measure({"method": "l1", **scale}, lambda: {"accuracy": 80}, reused)
+    results.measure({"method": "l2", **scale}, goes_on, reused)
+    results.measure({"method": "l3", **scale}, lambda: {"accuracy": 70})
+    whole, resumed, untrained = rows(tmp_path / "rows.csv")
     taken = ("seconds", "work_kwh", "work_co2_grams")
     assert resumed["accuracy"] == "90"
     assert [resumed[name] for name in taken] == ["", "", ""]
-    assert all(float(whole[name]) >= 0 for name in taken)
+    assert all(float(row[name]) >= 0 for name in taken for row in (whole, untrained))
+
+
+def test_a_row_that_was_broken_off_is_one_of_earlier_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, "--reductions", "0", "--methods", "plain"]
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "receding.csv")]
+    write = Checkpoint.write
+
+    def stopped(*given: Any) -> None:
+        write(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            receding.main([*arguments, *places])
+    receding.main([*arguments, *places])
+    (row,) = rows(tmp_path / "receding.csv")
+    assert row["seconds"] == ""
+
+
+def test_scripts_do_not_take_each_others_networks(tmp_path: Path) -> None:
+    """`l1` removes 30 % of the FLOPs in one, and of the structures or filters in others."""
+    for script, more in ((proscore, []), (receding, []), (sosp, ["--parts", "ratios"])):
+        out = tmp_path / f"{script.__name__.rpartition('.')[2]}.csv"
+        places = ["--work", str(tmp_path / "work"), "--out", str(out)]
+        given = [*SMALL, "--methods", "l1", "--reductions", "30", *more, *places]
+        script.main(given)
+        (row,) = rows(out)
+        assert float(row["seconds"]) >= 0
+        script.main([*given, "--test-images", "60"])
+        _, again = rows(out)
+        assert again["seconds"] == "", "its networks were there"
+
+
+def test_epochs_are_those_that_were_trained(tmp_path: Path) -> None:
+    """A search before its greedy run guesses what that spends; one after it knows."""
+    options = ["--reductions", "60", "--recovery", "1", "--trials", "1", "--workers", "0",
+               "--criterion", "l2", "--methods", "search",
+               "--work", str(tmp_path / "work")]  # fmt: skip
+    guessed, known = tmp_path / "guessed.csv", tmp_path / "known.csv"
+    everything.main([*SMALL, *options, "--out", str(guessed)])
+    (first,) = rows(guessed)
+    greedy = {**first, "method": "greedy", "epochs_total": "2"}
+    with known.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(greedy))
+        writer.writeheader()
+        writer.writerow(greedy)
+    everything.main([*SMALL, *options, "--out", str(known)])
+    _, second = rows(known)
+    assert (first["epochs_total"], second["epochs_total"]) == ("7", "2")
+    trained = {
+        record.finetuned_metrics["epochs"]
+        for journal in tmp_path.glob("work/*/search-*/journal.log")
+        for record in read_run(journal.parent).records
+    }
+    assert trained == {7, 2}
+    everything.main([*SMALL, *options, "--test-images", "60", "--out", str(guessed)])
+    _, again = rows(guessed)
+    assert (again["epochs_total"], again["seconds"]) == ("7", ""), "the search was there"
 
 
 def test_robustness_and_energy_are_columns(tmp_path: Path) -> None:
@@ -141,6 +208,15 @@ def test_rows_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
     text = page(tmp_path)
     assert "| 81.00 ± 1.00 (n=2) |" in text
     assert "| 60.00 |" in text
+
+
+@pytest.mark.usefixtures("ascii_locale")
+def test_the_page_is_utf_8_in_every_locale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "PAGE", tmp_path / "results.md")
+    writing.main()
+    assert "“FLOPs”" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_page_says_what_shares_of_structures_are_in_flops_and_time(tmp_path: Path) -> None:

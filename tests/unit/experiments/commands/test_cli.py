@@ -42,6 +42,9 @@ class Stubborn(nn.Module):
 def stubborn():
     return Stubborn()
 
+def unnormed():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+
 def large():
     batches = [(torch.zeros(50, 3, 32, 32), torch.arange(50) % 10) for _ in range(8)]
     return batches, batches
@@ -58,6 +61,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file(state, "digits.safetensors")
     save_file({f"module.{name}": value for name, value in state.items()}, "other.safetensors")
     Path("somebodys_own.py").write_text(textwrap.dedent(MODULE))
+    Path("broken.py").write_text("raise RuntimeError('boom')")
     Path("notes").mkdir()
     create_run(Path("runs"), "taken", RunSpec("digits", 0.5, 3, ("l2",)))
     return tmp_path
@@ -69,7 +73,9 @@ def _forget_modules() -> None:
     sys.modules.pop("somebodys_own", None)
 
 
-SEARCH = ("search", "digits", "--weights", "digits.safetensors", "--quiet")
+DIGITS = ("digits", "--weights", "digits.safetensors", "--quiet")
+RECEDE = ("recede", *DIGITS, "--epochs", "1")
+SEARCH = ("search", *DIGITS)
 BAD: dict[str, tuple[Sequence[str], str]] = {
     "an unknown recipe": (["search", "digts", "--flops", "50%"], "did you mean digits?"),
     "an unknown network": (
@@ -79,6 +85,10 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
     "an unknown function": (
         ["search", "somebodys_own:nix", "--flops", "50%", "--data", "digits"],
         "has no function 'nix'",
+    ),
+    "a module that fails": (
+        ["search", "broken:net", "--flops", "50%", "--data", "digits"],
+        "RuntimeError: boom (",
     ),
     "a network without data": (["search", "torchvision:resnet18", "--flops", "9%"], "needs data"),
     "missing weights": (
@@ -156,18 +166,28 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         "the smallest reachable within the bounds is ",
     ),
     "ratios that leave too little": (
-        [
-            "compare",
-            "digits",
-            "--weights",
-            "digits.safetensors",
-            "--flops",
-            "90%",
-            "--quiet",
-            "--min-ratio",
-            "50%",
-        ],
+        ["compare", *DIGITS, "--flops", "90%", "--min-ratio", "50%"],
         "cannot be used up: the largest reachable within the bounds is ",
+    ),
+    "a comparison into a file": (
+        ["compare", *DIGITS, "--flops", "50%", "--to", "broken.py"],
+        "--to takes a folder, but broken.py is a file",
+    ),
+    "a widened network in a folder that exists": (
+        ["bottlenecks", *DIGITS, "--flops", "50%", "--to", "notes"],
+        "notes exists already",
+    ),
+    "receded weights that cannot be read": (
+        [*RECEDE, "--to", "x.pt"],
+        "--to takes a file that ends in .safetensors, but got x.pt",
+    ),
+    "a network without scales that could recede": (
+        ["recede", "somebodys_own:unnormed", "--data=digits", "--to=x.safetensors", "--quiet"],
+        "the scales of BatchNorms recede, but the network has none",
+    ),
+    "a rate at which scales are bounded no longer": (
+        [*RECEDE, "--to", "x.safetensors", "--learning-rate", "1000"],
+        "scales reach 0 or 1, which bounded ones only come near); take a lower learning rate than",
     ),
     "bounded ratios of steps": (
         [*SEARCH, "--flops", "50%", "--strategy", "everything", "--max-ratio", "0.5"],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from paretoprune.experiments.commands.export import _registered
 from paretoprune.experiments.exporting import export as exporting
 from paretoprune.experiments.exporting.card import verdict
 from paretoprune.experiments.exporting.export import export
@@ -18,6 +19,7 @@ from paretoprune.experiments.exporting.formats import FORMATS, ExportFailed
 from paretoprune.experiments.measuring.counting import thop_macs
 from paretoprune.experiments.measuring.reports import Report
 from paretoprune.experiments.models import digits_resnet
+from paretoprune.experiments.runs import RunSpec
 from paretoprune.search import Candidate, Completed, Failed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.latency import Latency, measure_latency
@@ -94,6 +96,25 @@ def test_the_card_states_what_was_measured(
     assert "outputs equal" in verdict(done.directory, done.dense, done.small)
     size = (tmp_path / "small" / "model.safetensors").stat().st_size
     assert abs(size - done.small.file_bytes) <= 64
+
+
+@pytest.mark.usefixtures("ascii_locale")
+def test_the_card_is_utf_8_in_every_locale(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    export(problem, record, tmp_path / "small")
+    assert "“FLOPs”" in (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_damaged_note_of_mlflow_is_said_and_the_export_stays(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    done = export(problem, record, tmp_path / "small")
+    spec = RunSpec("made-up", 0.5, 1, ("l2",))
+    for text, said in (("{", "JSONDecodeError: "), ("{}", "KeyError: 'uri'")):
+        (tmp_path / "mlflow.json").write_text(text)
+        registered = _registered(done, problem, record, tmp_path, spec)
+        assert registered.startswith(f"not registered: {said}")
 
 
 def test_the_card_says_what_else_read_the_test_split(
