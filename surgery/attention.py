@@ -1,15 +1,36 @@
-"""An nn.MultiheadAttention that can lose heads and input channels.
+"""torch's transformers without some of their heads and channels.
 
-torch's own module demands that all heads together are as wide as its input. After surgery they
-are not; a module that lost something becomes this subclass, with the same parameters by the same
-names.
+torch's own attention demands that all heads together are as wide as its input. After surgery they
+are not; a module that lost something becomes a subclass, with the same parameters by the same
+names. The modules around it decided or noted something about sizes when they were built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def forget_dense_widths(modules: Iterable[nn.Module]) -> None:
+    """Makes torch's transformers, in place, forget what they derived from their dense widths.
+
+    An encoder decided that its layers take nested tensors, for which pruned layers have no code;
+    a transformer wrote down how wide its inputs are.
+
+    Args:
+        modules: All modules of the pruned network.
+    """
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = module.enable_nested_tensor = False
+        elif isinstance(module, nn.Transformer):
+            layers = (layer for layer in module.modules() if isinstance(layer, _LAYERS))
+            module.d_model = next((layer.linear1.in_features for layer in layers), module.d_model)
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):

@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from paretoprune.surgery.execute import Execution
+from paretoprune.surgery.export import unfused
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Instead, as_call, own_copy
@@ -26,7 +27,8 @@ from paretoprune.surgery.trial_plans import half_plan, other_half
 
 _ONE_BY_ONE = 6
 TOLERANCE = 1e-3
-"""Differences above it, relative to the largest output, are no rounding."""
+"""Differences above it, relative to the largest output, are no rounding in single precision."""
+_HALF = {torch.float16, torch.bfloat16}
 ROUNDING = 1e-5
 """Differences below it are; those in between are looked at again in double precision."""
 
@@ -58,7 +60,8 @@ def masked_outputs(
     # Tying is left to `_in_place`: torch's own puts a tensor twice into a module of two names, and
     # takes it out once.
     placed = _in_place(model, masked)
-    return _tensors(functional_call(model, placed, args, kwargs, tie_weights=False))
+    with unfused():
+        return _tensors(functional_call(model, placed, args, kwargs, tie_weights=False))
 
 
 def _in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +142,7 @@ def attempt(
     args, kwargs = as_call(own_copy(example_inputs))
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), unfused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Attempt(_tensors(small(*args, **kwargs)))
     except Exception as error:  # the code of the model depends on a size that changed
@@ -179,8 +182,8 @@ def broken(
         run = runs.get(plan) or attempt(dense, graph, plan, example_inputs)
         error = _error(run, lambda: masked_outputs(dense, graph, plan, example_inputs))
         fails = isinstance(error, str) or not error <= ROUNDING
-        if isinstance(error, float) and ROUNDING < error <= TOLERANCE:
-            fails = not _is_rounding(dense, graph, plan, example_inputs)
+        if isinstance(error, float) and ROUNDING < error <= _tolerance(dense, run):
+            fails = not _is_rounding(dense, graph, plan, example_inputs, error)
         said = error if isinstance(error, str) else f"outputs differ by {error:.1e} of their size"
         if fails:
             reasons.update(dict.fromkeys(plan.kept, f"the self-check failed: {said}"))
@@ -191,8 +194,13 @@ def broken(
         branches = [branch for name in names for branch in graph.extents[name].branches]
         run = attempt(dense, graph, plan, example_inputs)
         execution = Execution(graph)
-        error = _error(run, lambda: execution.run(dense, example_inputs, zeroed=branches).values())
-        return isinstance(error, str) or not error <= TOLERANCE
+
+        def without() -> list[Any]:
+            values = execution.run(dense, example_inputs, zeroed=branches)
+            return [values[name] for name in graph.program.outputs]
+
+        error = _error(run, without)
+        return isinstance(error, str) or not error <= _tolerance(dense, run)
 
     names = [group.name for group in graph.open_groups]
     guilty: list[str] = []
@@ -303,13 +311,19 @@ def _error(run: Attempt, reference: Callable[[], Iterable[Any]]) -> float | str:
     return worst
 
 
+def _tolerance(dense: nn.Module, run: Attempt) -> float:
+    """Returns the largest difference that may be rounding, in the least precise of all types."""
+    tensors = [*dense.parameters(), *(run.outputs or ())]
+    return max([TOLERANCE, *(16 * torch.finfo(t.dtype).eps for t in tensors if t.dtype in _HALF)])
+
+
 def _is_rounding(
-    dense: nn.Module, graph: PruningGraph, plan: PruningPlan, example_inputs: Any
+    dense: nn.Module, graph: PruningGraph, plan: PruningPlan, example_inputs: Any, found: float
 ) -> bool:
     """Whether a small error is gone in double precision.
 
     A channel that is wired wrongly may matter as little as rounding does. Code that takes no
-    doubles cannot be asked: its small errors count as rounding.
+    doubles cannot be asked: its errors count as rounding up to `TOLERANCE`.
     """
 
     def double(value: Any) -> Any:
@@ -320,9 +334,9 @@ def _is_rounding(
     run = attempt(precise, graph, plan, inputs)
     try:
         error = _error(run, lambda: masked_outputs(precise, graph, plan, inputs))
-    except RuntimeError:
-        return True
-    return isinstance(error, str) or error <= ROUNDING**2
+    except RuntimeError as raised:
+        error = str(raised)
+    return found <= TOLERANCE if isinstance(error, str) else error <= ROUNDING**2
 
 
 def _tensors(value: Any) -> list[Tensor]:

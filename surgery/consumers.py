@@ -33,7 +33,8 @@ class Consumer:
         node: Name of its node.
         source: Name of the value that it reads.
         weight: Name of its weight.
-        bias: Name of its bias, if any.
+        bias: Name of its bias, if it is a parameter of its own.
+        offset: Name of the value that it adds as bias, if that is anything else.
         geometry: How it reads its input.
         norm: The BatchNorm that alone reads its output, if any.
         stream: Name of the sum that its output (after the norm) is added into, if any.
@@ -45,6 +46,7 @@ class Consumer:
     source: str
     weight: str
     bias: str | None
+    offset: str | None
     geometry: Geometry
     norm: Norm | None = None
     stream: str | None = None
@@ -94,7 +96,9 @@ def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
             continue
         if program.nodes[node.args[0].name].kind == "parameter":
             continue
-        bias = parameter(node.args[2]) if len(node.args) > 2 else None
+        added = node.args[2] if len(node.args) > 2 else None
+        bias = parameter(added)
+        offset = added.name if bias is None and isinstance(added, Ref) else None
         geometry = _geometry(node, program.nodes[node.args[1].name].shape)
         if geometry is None:
             continue
@@ -113,6 +117,7 @@ def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
             node.args[0].name,
             weight,
             bias,
+            offset,
             geometry,
             norm,
             stream,
@@ -127,6 +132,7 @@ def _addition(
 ) -> tuple[str | None, str | None, tuple[str, ...]]:
     """Returns the sum, its other summand, and what must run ahead to know that summand.
 
+    A summand that is repeated along some dim has other positions than the layer's output.
     The other summand may come later in the program, as long as it needs neither this layer nor
     any other layer's weights (a padded shortcut); else the sum is left to that other layer.
     """
@@ -136,8 +142,9 @@ def _addition(
     if after.shape != node.shape or not all(isinstance(ref, Ref) for ref in after.args):
         return none
     for ref in after.args:
+        other = program.nodes[ref.name]
         ahead = _ahead(ref.name, node, order, program)
-        if ahead is not None and program.nodes[ref.name].kind != "parameter":
+        if ahead is not None and other.kind != "parameter" and other.shape == node.shape:
             return after.name, ref.name, ahead
     return none
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.graph import PruningGraph
+from paretoprune.surgery.inputs import has_rows
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import (
     Instead,
@@ -95,7 +96,7 @@ class Execution:
             for node in self.program.nodes.values():
                 if node.kind == "input":
                     values[node.name] = next(leaves)
-                    if batch is None and isinstance(values[node.name], Tensor):
+                    if batch is None and has_rows(values[node.name]):
                         batch = len(values[node.name])
                 elif node.kind == "parameter":
                     values[node.name] = tensors.get(node.target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import logging
 import operator
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
+from torch.nn.parameter import is_lazy
 
 from paretoprune.surgery.errors import UnsupportedModel
 from paretoprune.surgery.program import (
@@ -27,7 +29,14 @@ from paretoprune.surgery.program import (
     shared_copy,
 )
 
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+"""Modules of torch that run another one, by class name, and their attribute that holds it."""
 _SIZES = {"size", "sizes", "shape", "repeats", "split_size", "split_sizes", "start", "end"}
+_TRIES = 3
 _PRIMES = (97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _END = 2**63 - 1  # what a slice without end has as its end
 # Says where a value was when it was traced, which is no part of what the network computes.
@@ -39,33 +48,65 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
 
     Which of the sizes in its code are batch sizes is told by their being divisible by a prime that
     divides no other: the batch that is exported has that size. Export computes nothing, so that a
-    large batch costs no more than a small one.
+    large batch costs no more than a small one. Where the prime divides two sizes of one value, one
+    of them may be no batch size but computed by chance, and another prime is tried.
 
     Args:
         model: Any module that `torch.export` accepts.
         example_inputs: A tensor, a tuple of arguments, or a dict of keyword arguments.
 
     Raises:
-        UnsupportedModel: If `torch.export` refuses the model.
+        UnsupportedModel: If `torch.export` refuses the model, or it returns no floating-point
+            tensor, wraps another module, or has parameters without a shape.
     """
+    _demand_plain(model)
     args, kwargs = as_call(example_inputs)
     rows = _batch(args, kwargs)
     sizes = [tensor.shape for tensor in (*model.parameters(), *model.buffers())]
     sizes += [leaf.shape[1:] for leaf in _tensors((args, kwargs))]
-    prime = next(
-        p for p in _PRIMES if all(size % p or not size for shape in sizes for size in shape)
-    )
+    primes = (p for p in _PRIMES if not any(_divides(p, shape) for shape in sizes))
+    first: Program | None = None
+    for prime in itertools.islice(primes, _TRIES):
+        try:
+            program = _export(model, *_with_rows((args, kwargs), rows, prime))
+        except UnsupportedModel:  # the model may take no other batch size
+            break
+        nodes = {node.name: _with_batch_sizes(node, prime) for node in program.nodes.values()}
+        first = first or dataclasses.replace(program, nodes=nodes)
+        if not any(_divides(prime, node.shape) > 1 for node in nodes.values()):
+            return dataclasses.replace(program, nodes=nodes)
+    return first or _export(model, args, kwargs)
+
+
+def _with_rows(inputs: Any, rows: int, wanted: int) -> Any:
+    """Returns inputs with another number of examples, whose values are never read."""
 
     def many(value: Any) -> Any:
         whole = isinstance(value, Tensor) and value.ndim and len(value) == rows
-        return value.new_empty((prime, *value.shape[1:])) if whole else value
+        return value.new_empty((wanted, *value.shape[1:])) if whole else value
 
-    try:
-        program = _export(model, *torch.utils._pytree.tree_map(many, (args, kwargs)))
-    except UnsupportedModel:  # the model may take no other batch size
-        return _export(model, args, kwargs)
-    nodes = {node.name: _with_batch_sizes(node, prime) for node in program.nodes.values()}
-    return dataclasses.replace(program, nodes=nodes)
+    return torch.utils._pytree.tree_map(many, inputs)
+
+
+def _divides(prime: int, shape: Any) -> int:
+    """Returns how many sizes of a shape a prime divides; of several shapes, the most of any."""
+    if shape and not isinstance(shape[0], int):
+        return max(_divides(prime, part) for part in shape)
+    return sum(size > 0 and size % prime == 0 for size in shape or ())
+
+
+def _demand_plain(model: nn.Module) -> None:
+    """Raises `UnsupportedModel` if a network is wrapped, or has parameters without a shape."""
+    kind = type(model).__name__
+    if kind in _WRAPPERS and type(model).__module__.startswith("torch."):
+        raise UnsupportedModel(
+            f"{kind} runs another module; trace the one inside, its attribute {_WRAPPERS[kind]}."
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise UnsupportedModel(
+                f"{name} of {kind} has no shape yet; run one forward pass first."
+            )
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -91,7 +132,7 @@ def _with_batch_sizes(node: Node, prime: int) -> Node:
         return node
     names = [argument.name for argument in resolve_target(node.target)._schema.arguments]
     args = tuple(  # defaults may be missing
-        mark(value) if name in _SIZES else value
+        mark(value) if name in _SIZES or (node.operator, name) == ("tile", "dims") else value
         for name, value in zip(names, node.args, strict=False)
     )
     return dataclasses.replace(node, args=args)
@@ -168,7 +209,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 calls=calls,
             )
         elif fx_node.op == "output":
-            outputs = tuple(dict.fromkeys(references(_plain(fx_node.args))))
+            outputs = tuple(references(_plain(fx_node.args)))
+            _demand_floats(model, fx_node)
         else:  # a higher-order operator's body (torch.cond and friends)
             raise UnsupportedModel(
                 f"{type(model).__name__} runs a graph inside its graph ({fx_node.target}): "
@@ -176,6 +218,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 f"surgery cannot follow; pass a module without it."
             )
     return Program(nodes, outputs, _batch(args, kwargs), tuple(kwargs))
+
+
+def _demand_floats(model: nn.Module, output: torch.fx.Node) -> None:
+    """Raises `UnsupportedModel` if nothing that a network returns can be compared."""
+    returned = [node.meta.get("val") for node in output.all_input_nodes]
+    if not any(value.is_floating_point() for value in returned if isinstance(value, Tensor)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} returns no floating-point tensor, so that nothing can be "
+            f"compared; trace a module that returns e.g. the logits."
+        )
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

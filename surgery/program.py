@@ -83,7 +83,7 @@ class Program:
 
     Attributes:
         nodes: Every value by name, in execution order.
-        outputs: Names of the returned values.
+        outputs: Names of the returned values; one that is returned twice, twice.
         batch: Size of the first dim of the example inputs.
         keywords: Names of the keyword arguments, in the order of the inputs.
     """

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretoprune.surgery.attention import forget_dense_widths
 from paretoprune.surgery.attributes import follow_numbers, follow_weights, has_numbers
 from paretoprune.surgery.copying import copied
 from paretoprune.surgery.graph import PruningGraph
@@ -61,6 +62,8 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
         if name in copies and any(parameter.startswith(f"{name}.") for parameter in touched):
             runner = Recorded(copies[name], recording.resized(graph, mask))
             replace_module(small, name, runner)
+    if touched:
+        forget_dense_widths(copies.values())
     _forget_caches(copies.values())
     return small
 

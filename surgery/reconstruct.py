@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from paretoprune.surgery.consumers import Consumer, Norm, find_consumers
 from paretoprune.surgery.execute import Execution, Values
 from paretoprune.surgery.graph import PruningGraph
-from paretoprune.surgery.inputs import Batches, gather_inputs, sample_positions
+from paretoprune.surgery.inputs import Batches, gather_inputs, has_rows, sample_positions
 from paretoprune.surgery.least_squares import Geometry, patches, ridge_fit, rows
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.program import Node
@@ -54,7 +54,7 @@ class Reconstructor:
         self._graph = graph
         self._inputs = gather_inputs(calibration, images)
         leaves = torch.utils._pytree.tree_leaves(self._inputs)
-        self._count = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        self._count = next(len(leaf) for leaf in leaves if has_rows(leaf))
         self._consumers = find_consumers(graph)
         self._samples = samples
         self._positions: dict[str, Tensor] = {}
@@ -142,6 +142,8 @@ class Reconstructor:
             targets = targets - rows(values[consumer.shortcut], geometry, positions)
             if consumer.norm is not None:
                 targets, fitted = _before_norm(targets, consumer.norm, tensors)
+        if consumer.offset is not None:
+            targets = targets - values[consumer.offset]
         prior = weight.reshape(geometry.groups, len(weight) // geometry.groups, -1)
         goals = targets.reshape(len(positions), geometry.groups, -1).transpose(0, 1)
         intercept = bias is not None or consumer.norm is not None

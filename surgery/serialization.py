@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paretoprune.surgery.attention import PrunedMultiheadAttention
+from paretoprune.surgery.attention import PrunedMultiheadAttention, forget_dense_widths
 from paretoprune.surgery.attributes import has_known_sizes, set_attribute, size_attributes
 from paretoprune.surgery.errors import UnsupportedModel
 from paretoprune.surgery.plan import PruningPlan
@@ -246,6 +246,7 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             PrunedMultiheadAttention.convert_unless_whole(module)
+    forget_dense_widths(model.modules())
 
 
 def _set_sizes(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -> None:

@@ -42,7 +42,8 @@ def trace(model: nn.Module, example_inputs: Any, *, exhaustive: bool = False) ->
             block alone.
 
     Raises:
-        UnsupportedModel: If `torch.export` refuses the model.
+        UnsupportedModel: If `torch.export` refuses the model, or it returns nothing that could be
+            compared, wraps another one, or has parameters without a shape.
     """
     program = export_program(model, example_inputs)
     tracer = Tracer(program, model)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from paretoprune.surgery.labels import Labels, Unions, compressed
 from paretoprune.surgery.notes import MacsTerm, Number, Piece
 from paretoprune.surgery.program import BatchSize, Node, Program, Ref, Shape, resolve_target
-from paretoprune.surgery.rules import RULES
+from paretoprune.surgery.rules import RULES, Rule
 
 Value = Labels | tuple[Labels, ...] | None
 _PARTS = {"chunk", "split", "split_with_sizes"}
@@ -25,8 +25,22 @@ _MOVES_AXES = {
     "transpose": True,
     "permute": True,
     "movedim": True,
+    "moveaxis": True,
 }
 _MOVES_AXES |= dict.fromkeys(("contiguous", "clone", "detach", "alias", "to"), False)
+
+
+def _rules(operators: str) -> frozenset[Rule]:
+    return frozenset(RULES[name] for name in operators.split())
+
+
+_TAKES_TABLES = _rules("pointwise aten.clone aten.cat aten.stack aten.expand aten.repeat aten.t")
+"""Rules that see from the other operands along which dim of a table the channels lie."""
+_TAKES_REPEATS = _rules(
+    "pointwise aten.clone aten.expand aten.view aten.t aten.scaled_dot_product_attention "
+    "aten.baddbmm"
+)
+"""Rules that see from the other operands what a value is repeated over."""
 
 
 class Tracer:
@@ -60,6 +74,8 @@ class Tracer:
         self.numbers: list[Number] = []
         self.cuts: dict[str, tuple[int, Tensor, tuple[int, ...]]] = {}
         self.statistics: dict[str, tuple[int, Tensor]] = {}
+        self._rule: Rule | None = None
+        self._repeats: set[int] = set()
         self._conditions: list[tuple[Tensor, Tensor, list[int], str]] = []
         self._elements: dict[str, Labels] = {}
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
@@ -68,9 +84,13 @@ class Tracer:
         """Runs every node's rule, then freezes what the model returns."""
         for node in self.program.nodes.values():
             refs = list(node.refs())
-            if node.kind == "parameter" or (refs and self.weights.issuperset(refs)):
+            grows = self._depends_on_batch(node, refs)
+            made = bool(refs) and self.weights.issuperset(refs)
+            if node.kind == "parameter" or (
+                made and (not grows or _rule_of(node) in _TAKES_TABLES)
+            ):
                 self.weights.add(node.name)
-            if self._depends_on_batch(node, refs):
+            if grows:
                 self.batched.add(node.name)
                 if node.in_place:
                     self.batched.update(refs[:1])
@@ -103,16 +123,16 @@ class Tracer:
         )
 
     def _call(self, node: Node) -> None:
-        packet = node.target.rsplit(".", 1)[0]
-        rule = RULES.get(packet.removesuffix("_") if node.in_place else packet)
-        if rule is None and _is_pointwise(node.target):
-            rule = RULES["pointwise"]
+        rule = _rule_of(node)
         if rule is not None:
+            outer, self._rule = self._rule, rule
             result = rule(self, node)
+            self._rule = outer
         elif node.shape is None:  # an assertion or a query of sizes: no channels flow
             result = None
         else:
             for name in node.refs():
+                packet = node.target.rsplit(".", 1)[0]
                 self._freeze(self.value(Ref(name)), f"reaches {packet}, which has no rule")
             self.counted(node)
             result = _unlabelled(node.shape)
@@ -136,11 +156,40 @@ class Tracer:
         return self._elements[node.target]
 
     def labels(self, ref: Any) -> Labels:
-        """Returns the labels of an argument that is one tensor."""
+        """Returns the labels of an argument that is one tensor.
+
+        Most rules see a table that is repeated for every example (learned queries) as tokens
+        whose channels lie along the last dim, and nothing along dims that code repeats.
+        """
         value = self.value(ref)
         if not isinstance(value, Labels):
             raise TypeError(f"expected one tensor, but got {value!r} for {ref!r}.")
+        if self._is_tokens(ref):
+            return self.narrowed(value, value.varying[:-1])
+        if self._rule not in _TAKES_REPEATS and self.is_repeat(value):
+            return self.freeze(value, "is repeated by the code")
         return value
+
+    def _is_tokens(self, ref: Ref) -> bool:
+        """Whether the rule at work sees a weight as something that flows."""
+        return (
+            self._rule not in _TAKES_TABLES
+            and ref.name in self.weights
+            and ref.name in self.batched
+        )
+
+    def repeated(self, count: int) -> Tensor:
+        """Returns new labels for a dim along which code repeats a value, shape (count,).
+
+        They become those of the channels that the value meets there, and stay without.
+        """
+        ids = self.unions.fresh(count)
+        self._repeats.update(ids.tolist())
+        return ids
+
+    def is_repeat(self, labels: Labels) -> bool:
+        """Returns whether all labels are those of a dim along which code repeats a value."""
+        return not self._repeats.isdisjoint(labels.ids.reshape(-1)[:1].tolist())  # may be empty
 
     def parameter(self, ref: Any) -> str | None:
         """Returns the qualified name of an argument that is a parameter or buffer, else None."""
@@ -204,7 +253,7 @@ class Tracer:
 
     def is_weight(self, item: Ref | Labels) -> bool:
         """Returns whether an operand depends on parameters and buffers alone."""
-        return isinstance(item, Ref) and item.name in self.weights
+        return isinstance(item, Ref) and item.name in self.weights and not self._is_tokens(item)
 
     def weight_axes(self, item: Ref | Labels) -> tuple[str, tuple[int, ...], Piece | None] | None:
         """Returns the parameter that an operand is, up to the order of its axes.
@@ -392,6 +441,12 @@ def _unlabelled(shape: Any) -> Value:
     if shape and isinstance(shape[0], (tuple, type(None))):
         return tuple(Labels.none(item) for item in shape if item is not None)
     return Labels.none(shape)
+
+
+def _rule_of(node: Node) -> Rule | None:
+    packet = node.target.rsplit(".", 1)[0]
+    rule = RULES.get(packet.removesuffix("_") if node.in_place else packet)
+    return RULES["pointwise"] if rule is None and _is_pointwise(node.target) else rule
 
 
 def _is_pointwise(target: str) -> bool:

@@ -29,7 +29,8 @@ for _names, _rule in (
     ("layer_norm rms_norm", norms.layer_norm),
     ("group_norm", norms.group_norm),
     (
-        "hardswish hardsigmoid silu gelu mish elu leaky_relu celu selu softplus",
+        "hardswish hardsigmoid silu gelu mish elu leaky_relu celu selu softplus log_sigmoid "
+        "subtract multiply divide absolute negative __and__ __or__ __xor__",
         pointwise.pointwise,
     ),
     ("prelu", pointwise.prelu),
@@ -41,7 +42,7 @@ for _names, _rule in (
     ),
     (
         "mean sum amax amin max min var std var_mean std_mean prod any all linalg_vector_norm "
-        "norm argmax logsumexp",
+        "linalg_norm norm argmax logsumexp",
         reductions.reduction,
     ),
     ("softmax _softmax log_softmax cumsum softmin logcumsumexp", reductions.along),
@@ -50,14 +51,15 @@ for _names, _rule in (
         "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
         "adaptive_max_pool3d max_pool2d_with_indices upsample_nearest1d upsample_nearest2d "
         "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
-        "upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+        "upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+        "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d",
         shapes.pooling,
     ),
     (
         "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as",
         shapes.view,
     ),
-    ("permute transpose t numpy_T mT movedim swapaxes swapdims", shapes.permute),
+    ("permute transpose t numpy_T mT movedim moveaxis swapaxes swapdims", shapes.permute),
     ("cat concat concatenate", shapes.concatenation),
     ("stack", shapes.stack),
     ("slice narrow", shapes.slicing),
@@ -67,7 +69,8 @@ for _names, _rule in (
     ("expand expand_as", shapes.expand),
     ("repeat tile", shapes.repeat),
     ("repeat_interleave", shapes.repeat_interleave),
-    ("roll flip", shapes.moving),
+    ("roll flip rot90", shapes.moving),
+    ("triu tril", shapes.triangle),
     ("unfold", shapes.unfolding),
     ("index index_select", shapes.indexing),
     ("pad constant_pad_nd", shapes.padding),
@@ -75,7 +78,11 @@ for _names, _rule in (
     ("pixel_unshuffle", shapes.pixel_unshuffle),
     ("channel_shuffle native_channel_shuffle", shapes.channel_shuffle),
     ("glu", shapes.glu),
-    ("new_zeros new_ones new_full new_empty empty_like", shapes.unlabelled),
+    (
+        "new_zeros new_ones new_full new_empty empty_like zeros ones full arange eye "
+        "scalar_tensor",
+        shapes.unlabelled,
+    ),
 ):
     _RULES |= dict.fromkeys((f"aten.{name}" for name in _names.split()), _rule)
 

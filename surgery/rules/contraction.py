@@ -94,8 +94,12 @@ def contract(
         ids = _weight(tracer, operand, name, order, piece, summed, ids, shared, result)
     labels = Labels(ids, tuple(sizes[letter] for letter in result))
     varying = {result[dim] for dim in labels.varying}
-    fixed = math.prod(size for x, size in sizes.items() if x not in varying and x not in summed)
-    tracer.macs(node, fixed, *summed.values(), *([ids.reshape(-1)] if varying else []))
+    # What one operand alone is summed over is added up before anything is multiplied.
+    contracted = set.intersection(*map(set, letters)) - set(result)
+    if len(items) > 1 and contracted:
+        fixed = math.prod(sizes[x] for x in {*result, *contracted} - varying - summed.keys())
+        lines = [line for letter, line in summed.items() if letter in contracted]
+        tracer.macs(node, fixed, *lines, *([ids.reshape(-1)] if varying else []))
     return labels
 
 

@@ -28,7 +28,8 @@ def meet(tracer: Tracer, items: Sequence[Ref | Labels], shape: Shape, reason: st
     """Returns the labels of values that broadcast against each other.
 
     A parameter takes part only along the dims in which the other values have channels: a table
-    with one row per position loses whole columns.
+    with one row per position loses whole columns. Where channels meet others along another dim,
+    as in an outer product, the more numerous may go.
     """
     flowing = [aligned(tracer.read(i), shape) for i in items if not tracer.is_weight(i)]
     channels = {dim for operand in flowing for dim in operand.varying}
@@ -40,15 +41,13 @@ def meet(tracer: Tracer, items: Sequence[Ref | Labels], shape: Shape, reason: st
     operands = flowing + tables
     if not operands:
         return Labels.none(shape)
-    widest = max(operands, key=lambda operand: len(operand.varying))
+    widest = max(operands, key=lambda x: (not tracer.is_repeat(x), len(x.varying), x.ids.numel()))
     for operand in operands:
         if operand is widest:
             continue
         if not set(operand.varying) <= set(widest.varying):
-            tracer.freeze(operand, "meets channels along another dim")
-            tracer.freeze(widest, "meets channels along another dim")
-            widest = Labels.none(shape)
-        elif any(operand.shape[dim] > 1 for dim in widest.varying):
+            operand = tracer.freeze(operand, "meets channels along another dim")
+        if any(operand.shape[dim] > 1 for dim in widest.varying):
             repeated = [dim for dim in widest.varying if operand.shape[dim] == 1]
             tracer.meets(widest, operand, repeated, reason)
     return Labels(widest.ids, shape)

@@ -12,7 +12,8 @@ from paretoprune.surgery.rules.pointwise import pointwise
 if TYPE_CHECKING:
     from paretoprune.surgery.tracer import Tracer
 
-_ADDS_UP = {"sum", "linalg_vector_norm", "norm"}  # zeros change nothing
+_NORMS = {"linalg_vector_norm", "linalg_norm", "norm"}
+_ADDS_UP = {"sum", *_NORMS}  # zeros change nothing
 _AVERAGES = {"mean", "var", "std", "var_mean", "std_mean"}
 
 
@@ -26,7 +27,7 @@ def reduction(tracer: Tracer, node: Node) -> Result:
         return pointwise(tracer, node)
     source = tracer.labels(node.args[0])
     rank = len(source.shape)
-    position = 2 if node.operator in ("linalg_vector_norm", "norm") else 1
+    position = 2 if node.operator in _NORMS else 1
     dims = dims_of(argument(node, position, "dim"), rank)
     reduced = sorted(dims & set(source.varying))
     if reduced and set(source.varying) - dims:

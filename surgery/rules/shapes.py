@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from paretoprune.surgery.labels import Labels, reshape
-from paretoprune.surgery.program import Node
+from paretoprune.surgery.program import BatchSize, Node
 from paretoprune.surgery.rules.base import Result, argument, dims_of, out, outs, word
 from paretoprune.surgery.rules.pointwise import aligned
 
@@ -42,13 +42,13 @@ def view(tracer: Tracer, node: Node) -> Result:
 
 
 def permute(tracer: Tracer, node: Node) -> Result:
-    """permute, transpose, movedim: the same operator on the labels."""
+    """permute, transpose, movedim and moveaxis: the same operator on the labels."""
     source = tracer.labels(node.args[0])
     rank = len(source.shape)
     order = list(range(rank))
     if node.operator == "permute":
         order = [int(dim) for dim in argument(node, 1, "dims")]
-    elif node.operator == "movedim":
+    elif node.operator in ("movedim", "moveaxis"):
         sizes = torch.empty(tuple(range(1, rank + 1)), device="meta")
         order = [size - 1 for size in sizes.movedim(node.args[1], node.args[2]).shape]
     elif len(node.args) > 1:
@@ -181,13 +181,32 @@ def getitem(tracer: Tracer, node: Node) -> Result:
 
 
 def expand(tracer: Tracer, node: Node) -> Result:
-    """expand: new dims repeat the same channels."""
-    result = Labels(aligned(tracer.labels(node.args[0]), out(node)).ids, out(node))
+    """expand: new dims repeat the same channels; what has none takes those of what it meets."""
+    shape = out(node)
+    source = aligned(tracer.labels(node.args[0]), shape)
+    result = Labels(source.ids, shape)
+    if not source.present and not tracer.is_weight(node.args[0]):
+        result = _repeated(tracer, node, source)
     if node.operator == "expand":
         for dim, size in enumerate(node.args[1]):
             if size > 0:
                 tracer.number(node, size, result, dim)
     return result
+
+
+def _repeated(tracer: Tracer, node: Node, source: Labels) -> Labels:
+    """Returns the labels of a value without channels that is repeated along some dims."""
+    shape = out(node)
+    dims = [dim for dim, size in enumerate(shape) if source.shape[dim] == 1 < size]
+    if node.operator == "expand_as":
+        other = tracer.labels(node.args[1])
+        if not tracer.is_weight(node.args[1]) and set(other.varying) <= set(dims):
+            return Labels(other.ids, shape)
+    else:
+        dims = [dim for dim in dims if not isinstance(node.args[1][dim], BatchSize)]
+        if len(dims) == 1:
+            return Labels.along(dims[0], tracer.repeated(shape[dims[0]]), shape)
+    return Labels(source.ids, shape)
 
 
 def repeat(tracer: Tracer, node: Node) -> Result:
@@ -214,12 +233,21 @@ def repeat_interleave(tracer: Tracer, node: Node) -> Result:
 
 
 def moving(tracer: Tracer, node: Node) -> Result:
-    """roll and flip: any order along dims without channels."""
+    """roll, flip and rot90: any order along dims without channels."""
     source = tracer.labels(node.args[0])
-    position = 2 if node.operator == "roll" else 1
+    position = 1 if node.operator == "flip" else 2
     dims = dims_of(argument(node, position, "dims"), len(source.shape)) & set(source.varying)
     if dims:
         source = tracer.constant(node.args[0], sorted(dims), f"is moved by {word(node)}")
+    return Labels(source.ids, out(node))
+
+
+def triangle(tracer: Tracer, node: Node) -> Result:
+    """triu and tril: zeros by place in the last two dims, which stay whole."""
+    source = tracer.labels(node.args[0])
+    dims = sorted(set(source.varying) & dims_of([-2, -1], len(source.shape)))
+    if dims:
+        source = tracer.constant(node.args[0], dims, f"is cut by {word(node)}")
     return Labels(source.ids, out(node))
 
 

@@ -135,6 +135,32 @@ class Queries(nn.Module):
         return self.head(torch.relu(self.out(x)).mean(1))
 
 
+class Tiled(nn.Module):
+    """A learned token that is repeated for every example, by tile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.stem = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(4, 6)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.cat([self.token.tile(x.shape[0], 1, 1), self.stem(x)], 1)
+        return self.head(self.norm(x).mean(1))
+
+
+class Steps(nn.Module):
+    """Ninety-seven steps, which is the prime that batches are told by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv1d(2, 6, 3, 2), nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        n, c, t = x.shape
+        return self.head(self.norm(x.mT.reshape(n, t, c))).mean(1)
+
+
 class Places(nn.Module):
     """A table of places that is computed from numbers alone, and one that is an input."""
 
@@ -197,6 +223,8 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[Any, ...], bool]] = {
     "queries": (Queries(), ((4, 5),), True),
     "places": (Places(), ((5, 4),), False),
     "tokens": (Tokens(), ((5, 4),), True),
+    "tiled": (Tiled(), ((5, 4),), True),
+    "steps": (Steps(), ((2, 195),), True),
 }
 
 
@@ -219,3 +247,21 @@ def test_what_is_computed_for_every_example_counts_for_every_example(
         assert graph.cost(plan) == counted(small, one)
         if alike:  # else what all examples share is computed once
             assert graph.cost(plan) == counted(small, inputs)
+
+
+class Pairs(nn.Module):
+    """Compares all examples with each other, which makes a table of batch by batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.out(torch.relu(self.hidden(x)))
+        return x @ x.t()
+
+
+def test_a_table_of_batch_by_batch_is_no_reason_to_give_up() -> None:
+    graph = trace(Pairs().eval(), torch.randn(2, 4))
+    assert [group.size for group in graph.open_groups] == [6, 3]
+    assert graph.program.batch > 2

@@ -21,7 +21,7 @@ from paretoprune.surgery import (
 from paretoprune.surgery.consumers import find_consumers
 from paretoprune.surgery.static import StaticReconstructor
 from tests.unit.surgery.oracles import half, outputs, same, state
-from tests.unit.surgery.specimen import draw
+from tests.unit.surgery.specimen import draw, settle
 from tests.unit.surgery.specimens import ZOO, traced
 
 Method = Literal["sequential", "static"]
@@ -251,6 +251,96 @@ def test_consumers_know_the_norm_and_the_stream_behind_them() -> None:
     projection, branch = found["3.shortcut.0.weight"], found["3.conv2.0.weight"]
     assert (branch.stream is None) != (projection.stream is None)
     assert found["5.2.weight"].bias == "5.2.bias"
+
+
+class MadeBias(nn.Module):
+    """Layers whose bias is made of two parameters, and layers that share theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.skip = nn.Linear(6, 24), nn.Conv1d(24, 16, 3)
+        self.first, self.second = nn.Linear(24, 16, bias=False), nn.Linear(24, 8, bias=False)
+        self.third, self.norm = nn.Conv1d(24, 16, 3, bias=False), nn.BatchNorm1d(16)
+        self.left = nn.Parameter(3 + torch.rand(8))
+        self.right = nn.Parameter(torch.full((8,), -3.0))
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.hidden(x))
+        made = torch.cat([self.left + 0, self.right])
+        flat = F.linear(x, self.first.weight, made), F.linear(x, self.second.weight, self.left)
+        x = x.unflatten(0, (-1, 8)).mT
+        return *flat, self.skip(x) + self.norm(F.conv1d(x, self.third.weight, made))
+
+
+@both
+def test_a_bias_that_is_no_parameter_of_its_own_is_not_added_twice(method: Method) -> None:
+    torch.manual_seed(0)
+    model = MadeBias().eval()
+    settle(model)
+    graph = trace(model, torch.randn(8, 6))
+    plan = PruningPlan({"hidden": tuple(range(0, 24, 2))})
+    small, unseen = prune(model, graph, plan), torch.randn(128, 6)
+    data = [(torch.randn(512, 6), torch.zeros(512))]
+    fitted = reconstruct(small, model, graph, plan, data, method=method)
+    for layer in ("first.weight", "second.weight", "third.weight"):
+        consumer = consumers(graph)[layer]
+        assert consumer.bias is None
+        assert consumer.offset is not None
+    assert consumers(graph)["third.weight"].stream is not None
+    for a, b, c in zip(*(outputs(n, unseen) for n in (model, small, fitted)), strict=True):
+        assert (c - a).norm() < 0.7 * (b - a).norm()
+
+
+class Repeated(nn.Module):
+    """Sums whose other summand is one value per channel, or per token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.gate = nn.Linear(4, 6), nn.Linear(4, 1)
+        self.first, self.second = nn.Conv2d(3, 9, 3), nn.Conv2d(9, 6, 3)
+        self.third, self.out = nn.Linear(6, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Any:
+        shift, gate = self.time(time)[:, :, None, None], self.gate(time)[:, None]
+        x = self.second(F.relu(self.first(x))) + shift
+        x = F.relu(self.third(F.relu(x).flatten(2).mT))
+        return self.out(x) + gate
+
+
+@both
+def test_a_summand_that_is_repeated_is_no_stream(method: Method) -> None:
+    torch.manual_seed(0)
+    model = Repeated().eval()
+    graph = trace(model, (torch.randn(2, 3, 7, 7), torch.randn(2, 4)))
+    plan = half(graph)
+    small, unseen = prune(model, graph, plan), (torch.randn(64, 3, 7, 7), torch.randn(64, 4))
+    data = [((torch.randn(128, 3, 7, 7), torch.randn(128, 4)), torch.zeros(128))]
+    fitted = reconstruct(small, model, graph, plan, data, method=method)
+    assert consumers(graph)["second.weight"].stream is None
+    assert consumers(graph)["out.weight"].stream is None
+    assert error(model, fitted, unseen) < 0.7 * error(model, small, unseen)
+
+
+class Factored(nn.Module):
+    """A number before the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, factor: Tensor, x: Tensor) -> Any:
+        return self.out(F.relu(self.hidden(x)) * factor)
+
+
+@both
+def test_a_number_may_come_before_the_examples(method: Method) -> None:
+    model = Factored().eval()
+    inputs = torch.tensor(2.0), torch.randn(64, 4)
+    graph = trace(model, inputs)
+    small = prune(model, graph, half(graph))
+    data = [(inputs, torch.zeros(64))]
+    fitted = reconstruct(small, model, graph, half(graph), data, method=method)
+    assert error(model, fitted, inputs) < error(model, small, inputs)
 
 
 def test_weights_that_are_used_twice_are_not_fitted() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from paretoprune.experiments.models import digits_resnet, resnet20
 from paretoprune.surgery import PruningPlan, UnsupportedModel, load, prune, save, trace
 from paretoprune.surgery.recorded import Recorded
-from tests.unit.surgery.oracles import call, difference, half, loss, outputs
+from tests.unit.surgery.oracles import call, difference, half, loss, masked_outputs, outputs
 from tests.unit.surgery.specimen import settle
 from tests.unit.surgery.specimens import ZOO, traced
 from tests.unit.surgery.zoo_attention import Derived, Transformer
@@ -64,6 +64,51 @@ def test_a_round_trip_gives_equal_outputs(name: str, tmp_path: Path) -> None:
     for a, b in zip(outputs(small, inputs), outputs(again, inputs), strict=True):
         assert torch.equal(a, b)
     assert trace(again, inputs).cost() == graph.cost(plan)
+
+
+class Padded(nn.Module):
+    """An encoder of torch that is built to take nested tensors where tokens are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.embed, self.out = nn.Linear(4, 8), nn.Linear(8, 5)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Any:
+        x = self.encoder(self.embed(x), src_key_padding_mask=padding)
+        return self.out(x.masked_fill(padding[..., None], 0).sum(1))
+
+
+class Translator(nn.Module):
+    """A whole transformer of torch, which demands inputs of the width it was built with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, 8), nn.Linear(8, 5)
+        self.inner = nn.Transformer(8, 2, 1, 1, 12, batch_first=True)
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.out(self.inner(self.embed(x), self.embed(y)))
+
+
+@pytest.mark.parametrize(
+    ("build", "other"),
+    [(Padded, torch.arange(6) > torch.tensor([[3], [5]])), (Translator, torch.randn(2, 3, 4))],
+)
+def test_transformers_of_torch_forget_their_dense_widths(
+    build: Any, other: Tensor, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, inputs = build().eval(), (torch.randn(2, 6, 4), other)
+    settle(model)
+    graph = trace(model, inputs)
+    assert "embed" in {group.name for group in graph.open_groups}
+    small = prune(model, graph, half(graph))
+    save(tmp_path, small, half(graph))
+    expected = masked_outputs(model, graph, half(graph), inputs)
+    for network in (small, load(tmp_path, build)):
+        assert difference(expected, outputs(network, inputs)) < 1e-5
 
 
 def test_the_recorded_reference_is_enough(exported: tuple[Path, nn.Module]) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.convnext import LayerNorm2d
 
+from paretoprune.criteria import differentiable
 from paretoprune.surgery import PruningPlan, UnsupportedModel, prune, trace
 from paretoprune.surgery.trial_plans import half_plan, trial_plans
 from tests.unit.surgery.oracles import (
@@ -147,6 +149,34 @@ class WithoutGradients(nn.Module):
 def test_code_that_switches_gradients_off_is_followed() -> None:
     graph = trace(WithoutGradients(), torch.randn(2, 4))
     assert {group.name: group.size for group in graph.open_groups} == {"stem": 6, "hidden": 7}
+
+
+class Labelled(nn.Module):
+    """Returns the best class alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(F.relu(self.hidden(x))).argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (Labelled(), r"^Labelled returns no floating-point tensor, .*; trace a module that"),
+        (nn.Sequential(nn.LazyLinear(3)), r"^0.weight of Sequential has no shape yet; run one"),
+        (nn.DataParallel(nn.Linear(4, 3)), r"^DataParallel .* inside, its attribute module\.$"),
+        (torch.compile(nn.Linear(4, 3)), r"^OptimizedModule .*its attribute _orig_mod\.$"),
+    ],
+    ids=["labels", "lazy", "parallel", "compiled"],
+)
+def test_what_cannot_be_compared_or_is_no_network_yet_is_one_clear_sentence(
+    model: Any, sentence: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=sentence):
+        trace(model, torch.randn(2, 4))
 
 
 class Cast(nn.Module):
@@ -378,3 +408,31 @@ def test_modules_that_are_registered_twice() -> None:
     found = outputs(prune(model, graph, units), inputs)
     assert difference(masked_outputs(model, graph, units, inputs), found) < 1e-5
     assert same(state(model), before)
+
+
+class Again(nn.Module):
+    """Returns one tensor by two names, and has a norm over channels or a removable block."""
+
+    def __init__(self, *, block: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3, 1, 1), nn.Linear(6, 2)
+        self.body = Shifted.Block() if block else LayerNorm2d(6)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.head(self.body(F.relu(self.stem(x))).mean((2, 3)))
+        return {"out": x, "last": x}
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_a_tensor_that_is_returned_twice(block: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = Again(block=block).eval(), torch.randn(2, 3, 8, 8)
+    graph = trace(model, inputs)
+    assert [group.name for group in graph.open_groups] == ["stem"]
+    assert tuple(graph.blocks) == (("body",) if block else ())
+    small = prune(model, graph, half(graph))
+    expected = masked_outputs(model, graph, half(graph), inputs)
+    assert difference(expected, outputs(small, inputs)) < 1e-5
+    returned = differentiable.Outputs(model, graph, inputs)
+    values = differentiable.run(graph, dict(model.state_dict()), inputs)
+    assert returned(values)["last"] is returned(values)["out"]
