@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.similarity import CHANGES, Response
 from paretoprune.criteria.units import LAYERS
 from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan
 from paretoprune.surgery.execute import Execution, Values
+from paretoprune.surgery.inputs import has_rows, join_rows, some_rows
 from paretoprune.surgery.program import Node, Ref
 
 _TOGETHER = 64  # structures
@@ -119,10 +120,11 @@ def _measure(
     targets = torch.cat([targets for _, targets in parts])
     ablation = _Ablation(model, graph, [inputs for inputs, _ in parts])
     dense = ablation.dense()
-    if len(graph.program.outputs) != 1 or dense.outputs.shape[:1] != targets.shape[:1]:
+    returned = len(set(graph.program.outputs))
+    if returned != 1 or dense.outputs.shape[:1] != targets.shape[:1]:
         raise ValueError(
             "criteria that compare outputs need a network that returns one tensor with a row per "
-            f"example, but it returns {len(graph.program.outputs)} values."
+            f"example, but it returns {returned} values."
         )
     units = {
         name: {g.name: torch.zeros(g.size, dtype=torch.float64) for g in graph.open_groups}
@@ -152,18 +154,14 @@ def _gathered(calibration: SharedCalibration, images: int) -> list[tuple[Any, Te
     parts: list[tuple[Any, Tensor]] = []
     for batch in calibration:
         left = images - sum(len(targets) for _, targets in parts)
-        parts.append(tree_map_only(Tensor, lambda leaf: leaf[:left], batch))  # noqa: B023
+        parts.append(some_rows(batch, 0, left))
         if len(batch[1]) >= left:
             break
     if not parts:
         raise ValueError("the criterion needs calibration data, but got no batch.")
     if len(parts) > 1 and 2 * len(parts[-1][1]) < len(parts[-2][1]):
-        parts[-2:] = [tree_map(_joined, *parts[-2:])]
+        parts[-2:] = [join_rows(*parts[-2:])]
     return parts
-
-
-def _joined(*leaves: Any) -> Any:
-    return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
 
 
 Structure = tuple[str, int | None]
@@ -252,7 +250,7 @@ class _Ablation:
         kept: list[list[Mapping[str, Tensor]]] = [[] for _ in structures]
         for inputs, dense in zip(self._parts, self._dense, strict=True):
             leaves = tree_leaves(inputs)
-            batch = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+            batch = next(len(leaf) for leaf in leaves if has_rows(leaf))
 
             def before(
                 node: Node, values: Values, dense: Mapping[str, Tensor] = dense, batch: int = batch

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Execution, Values
+from paretoprune.surgery.inputs import has_rows, some_rows
 from paretoprune.surgery.program import (
     Instead,
     Node,
@@ -52,8 +53,7 @@ class Outputs:
     """
 
     def __init__(self, model: nn.Module, graph: PruningGraph, inputs: Any) -> None:
-        few = torch.utils._pytree.tree_map_only(Tensor, lambda leaf: leaf[:2], inputs)
-        args, kwargs = as_call(own_copy(few))
+        args, kwargs = as_call(own_copy(some_rows(inputs, 0, 2)))
         with torch.no_grad():
             returned = shared_copy(model).eval()(*args, **kwargs)
         self._leaves, self._spec = torch.utils._pytree.tree_flatten(returned)
@@ -98,7 +98,7 @@ def run(
         for node in graph.program.nodes.values():
             if node.kind == "input":
                 values[node.name] = next(given)
-                if not batch and isinstance(values[node.name], Tensor):
+                if not batch and has_rows(values[node.name]):
                     batch = len(values[node.name])
             elif node.kind == "parameter":
                 values[node.name] = tensors.get(node.target)

@@ -38,6 +38,7 @@ from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.units import Units
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Values
+from paretoprune.surgery.inputs import some_rows
 from paretoprune.surgery.program import Node
 
 
@@ -149,7 +150,7 @@ def gauss_newton(
     outputs: Outputs | None = None
     seen = 0
     for inputs, targets in calibration:
-        inputs, targets = _first(inputs, images - seen), targets[: images - seen]
+        inputs, targets = some_rows(inputs, 0, images - seen), targets[: images - seen]
         outputs = outputs or Outputs(model, graph, inputs)
         count = len(targets)
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
@@ -181,10 +182,6 @@ def gauss_newton(
     if not seen:
         raise ValueError("the sosp_i criterion needs calibration data, but got no batch.")
     return total / seen
-
-
-def _first(inputs: Any, count: int) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: leaf[:count], inputs)
 
 
 def _loss_hessian(calibration: SharedCalibration, outputs: Tensor, targets: Tensor) -> Tensor:

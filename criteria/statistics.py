@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from paretoprune.criteria.convolution import convolution
 from paretoprune.criteria.differentiable import Outputs, leaves_of, run
 from paretoprune.criteria.units import CONVOLUTIONS, LAYERS, Tap, Units
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Values
+from paretoprune.surgery.inputs import some_rows
 from paretoprune.surgery.program import Node, Ref
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -129,7 +128,7 @@ class _Gathering:
         gradient: dict[str, Tensor] = {}
         for start in range(0, count, _AT_ONCE):
             part = targets[start : start + _AT_ONCE]
-            few = tree_map_only(Tensor, itemgetter(slice(start, start + _AT_ONCE)), inputs)
+            few = some_rows(inputs, start, start + _AT_ONCE)
             for name, value in self._part(self._outputs, few, part).items():
                 scaled = value * (len(part) / count)
                 gradient[name] = gradient[name].add_(scaled) if name in gradient else scaled

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from paretoprune.criteria import (
     CRITERIA,
@@ -25,6 +24,7 @@ from paretoprune.search.metrics import device_of, evaluating, forward
 from paretoprune.search.objectives import MEASURED
 from paretoprune.search.problem import Batch, Problem
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune
+from paretoprune.surgery.inputs import join_rows
 from paretoprune.surgery.trial_plans import whole_plan
 
 DAMAGE = "damage"
@@ -309,8 +309,8 @@ def _some(batches: Iterable[Batch]) -> Batch:
     first = list(itertools.islice(batches, 2))
     if len(first[0][1]) > 1 or len(first) == 1:
         return first[0]
-    inputs, targets = zip(*first, strict=True)
-    return tree_map(lambda *parts: torch.cat(parts), *inputs), torch.cat(targets)
+    inputs, targets = join_rows(*first)
+    return inputs, targets
 
 
 def check_reachable(graph: PruningGraph, flops: float | int, bounds: Bounds = UNBOUNDED) -> int:

@@ -18,6 +18,16 @@ def has_rows(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
+def some_rows(batch: Any, start: int, stop: int) -> Any:
+    """Returns the examples of a batch from one position to another; what has no rows stays."""
+    return tree_map(lambda leaf: leaf[start:stop] if has_rows(leaf) else leaf, batch)
+
+
+def join_rows(*batches: Any) -> Any:
+    """Returns the examples of batches as one; what has no rows is that of the first."""
+    return tree_map(lambda *parts: torch.cat(parts) if has_rows(parts[0]) else parts[0], *batches)
+
+
 def gather_inputs(calibration: Batches, images: int) -> Any:
     """Returns the inputs of the first `images` examples as one batch.
 
@@ -33,11 +43,7 @@ def gather_inputs(calibration: Batches, images: int) -> Any:
             break
     if not parts:
         raise ValueError("reconstruction needs calibration data, but got no batch.")
-
-    def join(*leaves: Any) -> Any:
-        return torch.cat(leaves)[:images] if has_rows(leaves[0]) else leaves[0]
-
-    return tree_map(join, *parts)
+    return some_rows(join_rows(*parts), 0, images)
 
 
 def sample_positions(total: int, samples: int, device: torch.device) -> Tensor:

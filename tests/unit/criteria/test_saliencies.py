@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretoprune.criteria import CRITERIA, CostClass
+from paretoprune.criteria import CRITERIA, CostClass, SharedCalibration
 from paretoprune.surgery import ChannelSlice, PrunableGroup, trace
 from tests.unit.surgery.specimen import draw
 from tests.unit.surgery.specimens import ZOO, traced
@@ -230,3 +230,31 @@ def test_mean_activation_counts_negative_values_as_well() -> None:
     saliency = CRITERIA["mean_activation"]()(model, graph, [(inputs, torch.zeros(50))])
     expected = model[:2](inputs).detach().abs().mean(0)
     torch.testing.assert_close(saliency["0"], expected / expected.mean())
+
+
+class Timed(nn.Module):
+    """Takes a number first, and returns one tensor by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, time: Tensor, x: Tensor) -> dict[str, Tensor]:
+        y = time * self.head(torch.relu(self.conv(x)).mean((2, 3)))
+        return {"out": y, "last": y}
+
+
+@pytest.mark.parametrize("name", ["kl", "taylor", "obs"])
+def test_numbers_come_first_and_outputs_twice(name: str) -> None:
+    torch.manual_seed(0)
+    inputs = (torch.tensor(2.0), torch.randn(8, 1, 6, 6))
+    model = Timed().eval()
+    graph = trace(model, inputs)
+    batches = [(inputs, torch.arange(8) % 4)]
+
+    def loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs["out"], targets)
+
+    found = CRITERIA[name]()(model, graph, SharedCalibration(batches, loss))
+    assert found["conv"].shape == (6,)
+    assert bool(found["conv"].isfinite().all())
