@@ -56,17 +56,21 @@ def select(
             are coarser than one percent.
 
     Returns:
-        A plan with `0.99 * target < macs <= target`, or with the given ratios rounded to counts
-        that `bounds` allow, as a rule the next larger one. Under a budget, multiples may be too
-        coarse for that last percent: then the plan lies as little below it as was found.
+        A plan with `0.99 * target < macs <= target`, or `within` under it, or with the given
+        ratios rounded to counts that `bounds` allow, as a rule the next larger one. Under a
+        budget, multiples may be too coarse for that last percent: then the plan lies as little
+        below it as was found.
 
     Raises:
         InfeasibleBudget: If no such plan exists; names the reachable limit.
-        ValueError: If not exactly one of `budget` and `ratios` is given, one is out of range,
-            `blocks` come without a budget, or `removed` has a block that `bounds` exclude.
+        ValueError: If not exactly one of `budget` and `ratios` is given, one is out of range or
+            `within` is, `blocks` come without a budget, or `removed` has a block that `bounds`
+            exclude.
     """
     if (budget is None) == (ratios is None):
         raise ValueError("give either `budget` or `ratios`, and not both.")
+    if not 0 < within <= 1:
+        raise ValueError(f"`within` is a share of the budget in (0, 1], but got {within}.")
     bounds.check(graph)
     groups = rankable(graph, removed)
     for block in removed:

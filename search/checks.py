@@ -299,8 +299,8 @@ def check_trainable(problem: Problem, graph: PruningGraph) -> None:
         except Exception as error:
             raise ValueError(
                 f"{name} cannot be trained: in training mode it raises {type(error).__name__}: "
-                f"{error}; a branch that runs in training alone, such as an auxiliary head, is "
-                f"not pruned: build the network without it, or search without training."
+                f"{error}; build the network without branches that run in training alone, such "
+                f"as auxiliary heads, which are not pruned, or search without training."
             ) from error
 
 

@@ -31,7 +31,7 @@ from paretoprune.surgery.program import (
     resolve_target,
 )
 from paretoprune.surgery.resize import resized
-from paretoprune.surgery.rules import RULES
+from paretoprune.surgery.rules import rule_of
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout"}
 CONSTANT = "recorded_constant_"
@@ -191,12 +191,10 @@ def is_known(target: str) -> bool:
     if namespace != "aten" or len(target.split(".")) != 3:
         return False
     try:
-        operator = resolve_target(target)
+        resolve_target(target)
     except AttributeError:
         return False
-    packet = target.rsplit(".", 1)[0]
-    known = packet in RULES or packet.removesuffix("_") in RULES
-    return known or torch.Tag.pointwise in operator.tags
+    return rule_of(target) is not None
 
 
 def _filled(outputs: Any, values: Values) -> Any:

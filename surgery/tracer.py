@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from paretoprune.surgery.labels import Labels, Unions, compressed
 from paretoprune.surgery.notes import MacsTerm, Number, Piece
 from paretoprune.surgery.program import BatchSize, Node, Program, Ref, Shape, resolve_target
-from paretoprune.surgery.rules import RULES, Rule
+from paretoprune.surgery.rules import RULES, Rule, rule_of
 
 Value = Labels | tuple[Labels, ...] | None
 _PARTS = {"chunk", "split", "split_with_sizes"}
@@ -87,7 +87,7 @@ class Tracer:
             grows = self._depends_on_batch(node, refs)
             made = bool(refs) and self.weights.issuperset(refs)
             if node.kind == "parameter" or (
-                made and (not grows or _rule_of(node) in _TAKES_TABLES)
+                made and (not grows or rule_of(node.target) in _TAKES_TABLES)
             ):
                 self.weights.add(node.name)
             if grows:
@@ -123,7 +123,7 @@ class Tracer:
         )
 
     def _call(self, node: Node) -> None:
-        rule = _rule_of(node)
+        rule = rule_of(node.target)
         if rule is not None:
             outer, self._rule = self._rule, rule
             result = rule(self, node)
@@ -441,17 +441,6 @@ def _unlabelled(shape: Any) -> Value:
     if shape and isinstance(shape[0], (tuple, type(None))):
         return tuple(Labels.none(item) for item in shape if item is not None)
     return Labels.none(shape)
-
-
-def _rule_of(node: Node) -> Rule | None:
-    packet = node.target.rsplit(".", 1)[0]
-    rule = RULES.get(packet.removesuffix("_") if node.in_place else packet)
-    return RULES["pointwise"] if rule is None and _is_pointwise(node.target) else rule
-
-
-def _is_pointwise(target: str) -> bool:
-    tags = getattr(resolve_target(target), "tags", ())
-    return torch.Tag.pointwise in tags
 
 
 def _to_meta(program: Program, value: Any) -> Any:

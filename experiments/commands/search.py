@@ -206,13 +206,12 @@ def _say_failed(view: SearchView, folder: Path) -> None:
         typer.Exit: With status 1, if there is no network at the target, or none of those that were
             to be fine-tuned is.
     """
-    tried = [record for record in view.records if record.finetuned is not None]
-    failed = [record for record in tried if isinstance(record.finetuned, Failed)]
-    for record in failed:
-        assert isinstance(record.finetuned, Failed)
+    tried = {r.number: r.finetuned for r in view.records if r.finetuned is not None}
+    failed = {at: one.error for at, one in tried.items() if isinstance(one, Failed)}
+    for number, error in failed.items():
         typer.echo(
-            f"fine-tuning of trial {record.number} failed: {record.finetuned.error}; it is tried "
-            f"again by: paretoprune resume {_named(folder)}",
+            f"fine-tuning of trial {number} failed: {error}; it is tried again by: "
+            f"paretoprune resume {_named(folder)}",
             err=True,
         )
     if view.best is None and view.front_rows:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import torch
+
+from paretoprune.surgery.program import resolve_target
 from paretoprune.surgery.rules import contraction, layers, norms, pointwise, reductions, shapes
 from paretoprune.surgery.rules.base import Result, Rule
 
-__all__ = ["RULES", "Result", "Rule"]
+__all__ = ["RULES", "Result", "Rule", "rule_of"]
 
 _RULES: dict[str, Rule] = {"pointwise": pointwise.pointwise, "getitem": shapes.getitem}
 for _names, _rule in (
@@ -88,3 +91,12 @@ for _names, _rule in (
 
 RULES: Mapping[str, Rule] = MappingProxyType(_RULES)
 """Rules by operator, without overload and without the underscore of in-place forms."""
+
+
+def rule_of(target: str) -> Rule | None:
+    """Returns the rule of an operator, such as `aten.relu_.default`; None if it has none."""
+    packet = target.rsplit(".", 1)[0]
+    rule = RULES.get(packet) or RULES.get(packet.removesuffix("_"))
+    if rule is None and torch.Tag.pointwise in getattr(resolve_target(target), "tags", ()):
+        return RULES["pointwise"]
+    return rule

@@ -225,6 +225,7 @@ def test_a_window_that_units_jump_over_is_infeasible() -> None:
         ({"budget": 10**12}, "(the dense network), but got 1000000000000"),
         ({"budget": True}, "a budget is a fraction (float) or MACs (int), but got True"),
         ({"budget": "50%"}, "a budget is a fraction (float) or MACs (int), but got '50%'"),
+        ({"budget": 0.5, "within": 1.5}, "a share of the budget in (0, 1], but got 1.5"),
         ({"budget": 0.5, "allocation": "even"}, "allocation is 'global' or 'uniform', but got"),
         ({"budget": 0.5, "removed": ("x",)}, "'x' is no removable block; removable: layer1.0"),
         ({"ratios": {}, "removed": ("x",)}, "'x' is no removable block; removable: layer1.0"),

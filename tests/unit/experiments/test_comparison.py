@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from paretoprune.criteria import CRITERIA
-from paretoprune.criteria.checkpoint import Checkpoint
 from paretoprune.criteria.receding import is_receded
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.comparison import Comparison
@@ -21,6 +19,7 @@ from paretoprune.experiments.tracking.mlflow_runs import connect
 from paretoprune.experiments.tracking.store import store_of
 from paretoprune.search import evaluate
 from paretoprune.surgery import load, trace
+from tests.unit.experiments.interrupting import interrupted
 
 
 def run(command: str, weights: str, folder: Path, *options: str) -> int:
@@ -132,20 +131,11 @@ def test_recede_writes_weights_that_a_recipe_takes(
     assert "exists already; take another --to" in capsys.readouterr().err
 
 
-def test_a_broken_recede_goes_on_and_ends_the_same(
-    untrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_recede_goes_on_and_ends_the_same(untrained: str, tmp_path: Path) -> None:
     arguments = ["recede", "digits", "--weights", untrained, "--epochs", "2", "--quiet"]
     assert main([*arguments, "--to", str(tmp_path / "whole.safetensors")]) == 0
     broken = [*arguments, "--to", str(tmp_path / "broken.safetensors")]
-    write = Checkpoint.write
-
-    def stopped(*given: Any) -> None:
-        write(*given)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpoint, "write", stopped)
+    with interrupted():
         assert main(broken) == 130
     assert main(broken) == 0
     whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "broken"))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from paretoprune.criteria.checkpoint import Checkpoint
 from paretoprune.experiments import recipes
 from paretoprune.experiments.models import resnet110, vgg16
 from paretoprune.experiments.reproduce import everything, proscore, receding, sosp
@@ -20,6 +19,7 @@ from paretoprune.experiments.reproduce.published import PUBLISHED
 from paretoprune.experiments.training import Training
 from paretoprune.search import read_run
 from paretoprune.surgery import trace
+from tests.unit.experiments.interrupting import interrupted
 
 SMALL = ["--networks", "digits", "--epochs", "1", "--images", "300", "--test-images", "120"]
 SCRIPTS: dict[str, tuple[Any, list[str], int]] = {
@@ -99,21 +99,11 @@ def test_a_row_of_earlier_work_does_not_say_what_it_took(tmp_path: Path) -> None
     assert all(float(row[name]) >= 0 for name in taken for row in (whole, untrained))
 
 
-def test_a_row_that_was_broken_off_is_one_of_earlier_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_was_broken_off_is_one_of_earlier_work(tmp_path: Path) -> None:
     arguments = [*SMALL, "--reductions", "0", "--methods", "plain"]
     places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "receding.csv")]
-    write = Checkpoint.write
-
-    def stopped(*given: Any) -> None:
-        write(*given)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpoint, "write", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            receding.main([*arguments, *places])
+    with interrupted(), pytest.raises(KeyboardInterrupt):
+        receding.main([*arguments, *places])
     receding.main([*arguments, *places])
     (row,) = rows(tmp_path / "receding.csv")
     assert row["seconds"] == ""
