@@ -8,12 +8,16 @@ the epochs of their fine-tuning, which distils from the dense network where the 
 
 - `greedy`: the loop, `--recovery` epochs for each candidate, then fine-tuning;
 - `search`: the best of `--trials` trials, fine-tuned; `search distilled`: with distillation;
+  `search distilled again`: what that ended with, for `--again` epochs more from the peak of the
+  learning rate (a warm restart: Loshchilov & Hutter, ICLR 2017, arXiv:1608.03983), so that a row
+  can be taken further without what it has cost;
 - `layers`: as many blocks as it takes, lowest KL divergence first; `neurons`: units alone;
   `half the layers distilled`: half of the blocks, lowest first, then units; such a network trains
   faster than one of as many MACs in twice as many blocks.
 
 With `--draws`, later epochs take the batches of the first ones again, in turn, so that the dense
 network is asked once about each: an epoch that is distilled costs little more than a plain one.
+In `search distilled again`, the epochs of `--again` recur, and not those before.
 
 Minutes on two cores: `--networks resnet20 --reductions 50 --epochs 1 --images 2000
 --test-images 1000 --recovery 0 --trials 12 --criterion l2`.
@@ -52,6 +56,10 @@ from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan
 
 EPOCHS = 200
 RECOVERY = 10
+AGAIN = "search distilled again"
+KEYS = (
+    "network", "method", "reduction", "seed", "recovery", "trials", "criterion", "draws", "again",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,11 +75,15 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--criterion", default="kl", help="ranks layers and neurons")
     made.add_argument("--workers", type=int, help="evaluations at a time; 0 without Ray")
     made.add_argument("--draws", type=int, default=0, help="epochs after which batches recur")
-    made.add_argument("--methods", default=",".join(METHODS))
+    made.add_argument("--again", type=int, default=0, help="epochs of `search distilled again`")
+    made.add_argument("--methods", help="with commas; by default all that need no `--again`")
     options = made.parse_args(arguments)
-    keys = ("network", "method", "reduction", "seed", "recovery", "trials", "criterion", "draws")
+    unasked = () if options.again else (AGAIN,)
+    options.methods = options.methods or ",".join(name for name in METHODS if name not in unasked)
+    if not options.again and AGAIN in names(options.methods):
+        made.error(f"the method {AGAIN!r} needs its epochs: give --again, at least 1.")
     out = options.out or RESULTS / "everything.csv"
-    results = Results(out, keys, options.report)
+    results = Results(out, KEYS, options.report)
     for bench in benches(options):
         for reduction in numbers(options.reductions):
             for row, method in _rows(bench, reduction, results):
@@ -91,11 +103,12 @@ def _rows(
             "trials": options.trials,
             "criterion": options.criterion,
             "draws": options.draws,
+            "again": options.again if method == AGAIN else 0,
         }
         row["full"] = row["full"] and options.recovery >= RECOVERY
         epochs = options.epochs
         if method != "greedy":
-            done = results.find({**row, "method": "greedy"})
+            done = results.find({**row, "method": "greedy", "again": 0})
             epochs = int(done["epochs_total"]) if done else epochs + _recovery(bench, reduction)
         yield row, partial(METHODS[method], bench, reduction, epochs)
 
@@ -106,28 +119,57 @@ def _recovery(bench: Bench, reduction: float) -> int:
     return 2 * int(bench.options.recovery) * math.ceil(reduction / 100 / share)
 
 
-def _folder(bench: Bench, name: str) -> Path:
+def _folder(bench: Bench, name: str, draws: int) -> Path:
     options = bench.options
-    scale = f"{options.recovery}-{options.trials}-{options.criterion}-{options.draws}"
+    scale = f"{options.recovery}-{options.trials}-{options.criterion}-{draws}"
     return bench.file(f"{name}-{scale}").with_suffix("")
 
 
-def _searched(
-    bench: Bench, reduction: float, strategy: str, name: str, epochs: int, distil: bool
-) -> Row:
-    """Returns the row of a search with its fine-tuning."""
+@dataclass(frozen=True)
+class _Ended:
+    """What a search ended with.
+
+    Attributes:
+        best: The record that was fine-tuned.
+        weights: Of the run.
+        epochs: All that were trained.
+    """
+
+    best: Record
+    weights: Weights
+    epochs: int
+
+    @property
+    def plan(self) -> PruningPlan:
+        assert self.best.plan is not None
+        return self.best.plan
+
+    def before(self, bench: Bench) -> nn.Module:
+        """Returns the network that was fine-tuned, without that."""
+        kind = trained_weights(replace(self.best, finetuned=None))
+        if kind is None:
+            return Evaluator(bench.problem, bench.graph).final(self.plan, bench.seed)
+        return self.weights.network(bench.problem.model, bench.graph, self.plan, kind)
+
+    def after(self, bench: Bench) -> nn.Module:
+        """Returns the fine-tuned network."""
+        return self.weights.network(bench.problem.model, bench.graph, self.plan, FINETUNED)
+
+
+def _ended(
+    bench: Bench, reduction: float, strategy: str, name: str, epochs: int, distil: bool, draws: int
+) -> _Ended:
+    """Returns what a search with its fine-tuning ends with."""
     options, problem = bench.options, bench.problem
     greedy = strategy == "everything"
-    training = Training(
-        epochs=1, learning_rate=options.learning_rate, warmup=0.05, draws=options.draws
-    )
+    training = Training(epochs=1, learning_rate=options.learning_rate, warmup=0.05, draws=draws)
     finetuning = Finetuning(
         FineTuner.of(problem, distil=distil, training=training),
         epochs=epochs,
         top=1,
         recovery=options.recovery if greedy else 0,
     )
-    folder = _folder(bench, f"{name}-{reduction}-{epochs}")
+    folder = _folder(bench, f"{name}-{reduction}-{epochs}", draws)
     front = search(
         problem,
         1 - reduction / 100,
@@ -144,7 +186,7 @@ def _searched(
     spent = int(best.finetuned_metrics["epochs"])
     if greedy:
         spent += options.recovery * len(read_run(folder).records)
-    return _found(bench, best, Weights.of_run(folder), spent)
+    return _Ended(best, Weights.of_run(folder), spent)
 
 
 def _finetuned(front: ParetoFront) -> Record:
@@ -153,18 +195,6 @@ def _finetuned(front: ParetoFront) -> Record:
         if isinstance(record.finetuned, Completed):
             return record
     raise RuntimeError("no record was fine-tuned: see why in the log of the search.")
-
-
-def _found(bench: Bench, best: Record, weights: Weights, epochs: int) -> Row:
-    assert best.plan is not None
-    problem, graph = bench.problem, bench.graph
-    kind = trained_weights(replace(best, finetuned=None))
-    if kind is None:
-        before = Evaluator(problem, graph).final(best.plan, bench.seed)
-    else:
-        before = weights.network(problem.model, graph, best.plan, kind)
-    after = weights.network(problem.model, graph, best.plan, FINETUNED)
-    return _measured(bench, best.plan, before, after, epochs)
 
 
 def _measured(
@@ -257,22 +287,33 @@ def _half(ranking: _Ranking, budget: float) -> PruningPlan:
     return select(ranking.graph, ranking.saliency, budget=budget, removed=half)
 
 
-def _greedy(bench: Bench, reduction: float, epochs: int) -> Row:
-    return _searched(bench, reduction, "everything", "greedy", epochs, distil=False)
+def _searched(
+    bench: Bench, reduction: float, epochs: int, *, strategy: str, name: str, distil: bool
+) -> Row:
+    """Returns the row of a search with its fine-tuning."""
+    ended = _ended(bench, reduction, strategy, name, epochs, distil, bench.options.draws)
+    return _measured(bench, ended.plan, ended.before(bench), ended.after(bench), ended.epochs)
 
 
-def _search(bench: Bench, reduction: float, epochs: int) -> Row:
-    return _searched(bench, reduction, "optuna", "search", epochs, distil=False)
-
-
-def _distilled(bench: Bench, reduction: float, epochs: int) -> Row:
-    return _searched(bench, reduction, "optuna", "distilled", epochs, distil=True)
+def _again(bench: Bench, reduction: float, epochs: int) -> Row:
+    ended = _ended(bench, reduction, "optuna", "distilled", epochs, distil=True, draws=0)
+    options = bench.options
+    after = bench.train(
+        ended.after(bench),
+        f"again-{reduction}-{epochs}-{options.trials}-{options.again}-{options.draws}",
+        epochs=options.again,
+        teacher=bench.problem.model,
+        draws=options.draws,
+    )
+    spent = ended.epochs + options.again
+    return _measured(bench, ended.plan, ended.before(bench), after, spent)
 
 
 METHODS: dict[str, Callable[[Bench, float, int], Row]] = {
-    "greedy": _greedy,
-    "search": _search,
-    "search distilled": _distilled,
+    "greedy": partial(_searched, strategy="everything", name="greedy", distil=False),
+    "search": partial(_searched, strategy="optuna", name="search", distil=False),
+    "search distilled": partial(_searched, strategy="optuna", name="distilled", distil=True),
+    AGAIN: _again,
     "layers": partial(_one_shot, name="layers", planned=_layers, distil=False),
     "neurons": partial(_one_shot, name="neurons", planned=_neurons, distil=False),
     "half the layers distilled": partial(_one_shot, name="half", planned=_half, distil=True),

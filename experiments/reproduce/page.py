@@ -24,7 +24,7 @@ TITLES = {
     "proscore": ("PROscore", "FLOPs"),
 }
 _APART = ("reduction", "method", "epochs", "images", "test_images", "full", "recovery",
-          "batch_size", "learning_rate", "trials", "criterion", "draws")  # fmt: skip
+          "batch_size", "learning_rate", "trials", "criterion", "draws", "again")  # fmt: skip
 """Columns of which rows with other values are no repetitions of each other."""
 HEAD = """# Results beside the published ones
 
@@ -107,6 +107,8 @@ def _ours(rows: Iterable[Mapping[str, str]], extra: Iterable[str]) -> Iterator[t
     for (reduction, method, epochs, images, tested, full, recovery, *_), own in groups.items():
         removed = own[0].get("macs_reduction") if "recovery" in own[0] else reduction
         run = f"{_total(own[0], epochs)} epochs"
+        if own[0].get("again", "0") != "0":
+            run += f", {own[0]['again']} of them again"
         if own[0].get("draws", "0") != "0":
             run += f" ({own[0]['draws']} drawn)"
         run += f" of {int(images):,} images"
