@@ -8,9 +8,10 @@ the epochs of their fine-tuning, which distils from the dense network where the 
 
 - `greedy`: the loop, `--recovery` epochs for each candidate, then fine-tuning;
 - `search`: the best of `--trials` trials, fine-tuned; `search distilled`: with distillation;
-  `search distilled again`: what that ended with, for `--again` epochs more from the peak of the
-  learning rate (a warm restart: Loshchilov & Hutter, ICLR 2017, arXiv:1608.03983), so that a row
-  can be taken further without what it has cost;
+  `search distilled again`: what that ended with, for `--again` epochs more from a lower peak (a
+  warm restart: Loshchilov & Hutter, ICLR 2017, arXiv:1608.03983), so that a row can be taken
+  further without what it has cost; from the same peak, the loss is back where it was after a
+  quarter of the epochs;
 - `layers`: as many blocks as it takes, lowest KL divergence first; `neurons`: units alone;
   `half the layers distilled`: half of the blocks, lowest first, then units; such a network trains
   faster than one of as many MACs in twice as many blocks.
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 from paretoprune.criteria import CRITERIA, SharedCalibration, block_saliency, select
 from paretoprune.criteria.blocks import inner_units
-from paretoprune.experiments.finetuning import FineTuner
+from paretoprune.experiments.finetuning import FINETUNING, FineTuner
 from paretoprune.experiments.reproduce.common import (
     RESULTS,
     Bench,
@@ -301,6 +302,7 @@ def _again(bench: Bench, reduction: float, epochs: int) -> Row:
     after = bench.train(
         ended.after(bench),
         f"again-{reduction}-{epochs}-{options.trials}-{options.again}-{options.draws}",
+        rate=FINETUNING.learning_rate,
         epochs=options.again,
         teacher=bench.problem.model,
         draws=options.draws,

@@ -26,9 +26,9 @@ SCRIPTS: dict[str, tuple[Any, list[str], int]] = {
     "everything": (
         everything,
         ["--reductions", "60", "--recovery", "1", "--trials", "4", "--workers", "0",
-         "--criterion", "l2", "--draws", "1",
-         "--methods", "greedy,search distilled,layers,neurons,half the layers distilled"],
-        5,
+         "--criterion", "l2", "--draws", "1", "--again", "2",
+         "--methods", ",".join(everything.METHODS)],
+        7,
     ),
     "receding": (receding, ["--reductions", "0,50"], 6),
     "sosp": (sosp, ["--reductions", "50", "--parts", "ratios"], 3),
@@ -68,11 +68,13 @@ def test_rows_are_measured_once(
     if name == "everything":
         by_method = {row["method"]: row for row in found}
         assert all(float(row["macs_reduction"]) >= 60 for row in found)
-        assert len({row["epochs_total"] for row in found}) == 1  # of equal cost
-        assert int(by_method["greedy"]["epochs_total"]) > 1
+        again = int(by_method.pop("search distilled again")["epochs_total"])
+        (spent,) = {int(row["epochs_total"]) for row in by_method.values()}  # of equal cost
+        assert again == spent + 2
+        assert spent > 1
         assert by_method["neurons"]["removed_blocks"] == "0"
         assert int(by_method["half the layers distilled"]["removed_blocks"]) > 0
-        assert "(1 drawn)" in page(tmp_path)
+        assert f"{again} epochs, 2 of them again (1 drawn)" in page(tmp_path)
     capsys.readouterr()
     text = file.read_text()
     script.main(arguments)
@@ -148,6 +150,12 @@ def test_epochs_are_those_that_were_trained(tmp_path: Path) -> None:
     everything.main([*SMALL, *options, "--test-images", "60", "--out", str(guessed)])
     _, again = rows(guessed)
     assert (again["epochs_total"], again["seconds"]) == ("7", ""), "the search was there"
+
+
+def test_epochs_again_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        everything.main([*SMALL, "--methods", everything.AGAIN])
+    assert "needs its epochs: give --again, at least 1" in capsys.readouterr().err
 
 
 def test_robustness_and_energy_are_columns(tmp_path: Path) -> None:
