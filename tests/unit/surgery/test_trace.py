@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,6 +178,18 @@ def test_what_cannot_be_compared_or_is_no_network_yet_is_one_clear_sentence(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=sentence):
         trace(model, torch.randn(2, 4))
+
+
+def test_a_network_that_trains_on_several_devices_names_the_one_inside(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(4, 3))
+        with pytest.raises(UnsupportedModel, match=r"inside, its attribute module\.$"):
+            trace(wrapped, torch.randn(2, 4))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Cast(nn.Module):
