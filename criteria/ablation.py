@@ -30,7 +30,9 @@ from paretoprune.surgery.program import Node, Ref
 
 _TOGETHER = 64  # structures
 _BYTES = 2**28  # of what the network returns without these
-_PASS = {"dropout", "flatten", "view", "reshape", "contiguous", "clone", "alias", "detach"}
+_PASS = {
+    "dropout", "flatten", "squeeze", "view", "reshape", "contiguous", "clone", "alias", "detach",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,8 @@ class Kl:
         """See `Criterion`.
 
         Raises:
-            ValueError: If `calibration` has no batch, or the network returns several values.
+            ValueError: If `calibration` has no batch, or the network returns several values or no
+                classes.
         """
         shared = SharedCalibration.of(calibration)
         found = changes(model, graph, shared, self.images, ["kl"])["kl"]

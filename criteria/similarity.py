@@ -144,7 +144,15 @@ def kl_divergence(outputs: Tensor, changed: Tensor) -> Tensor:
     Args:
         outputs: Logits of the dense network, shape (m, classes, ...).
         changed: Logits of the changed network, likewise.
+
+    Raises:
+        ValueError: If the outputs are not those of at least two classes.
     """
+    if outputs.ndim < 2 or outputs.shape[1] < 2:
+        raise ValueError(
+            "kl compares the probabilities of at least two classes, but the network returns "
+            f"{tuple(outputs.shape[1:])} for each example; rank by cka or taylor instead."
+        )
     p, q = F.log_softmax(outputs, 1), F.log_softmax(changed, 1)
     return (q.exp() * (q - p)).sum(1).mean().clamp_min(0)
 

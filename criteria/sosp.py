@@ -41,6 +41,8 @@ from paretoprune.surgery.execute import Values
 from paretoprune.surgery.inputs import some_rows
 from paretoprune.surgery.program import Node
 
+_OUTPUTS = 2048  # of an example: their Hessian has so many squared numbers
+
 
 @dataclass(frozen=True, slots=True)
 class SospH:
@@ -139,7 +141,8 @@ def gauss_newton(
         images: At most this many examples are used.
 
     Raises:
-        ValueError: If there is no batch, or the outputs are not one tensor per example.
+        ValueError: If there is no batch, or the outputs are not one tensor per example, of few
+            numbers.
     """
     units = Units(graph)
     _, tensors = leaves_of(model)
@@ -167,6 +170,11 @@ def gauss_newton(
                 f"got {type(result).__name__}."
             )
         columns = result.reshape(count, -1)
+        if columns.shape[1] > _OUTPUTS:
+            raise ValueError(
+                f"sosp_i takes a backward pass for each of at most {_OUTPUTS} outputs of an "
+                f"example, but the network returns {columns.shape[1]}; rank by sosp_h instead."
+            )
         jacobian = torch.stack(
             [
                 torch.autograd.grad(column.sum(), gates, retain_graph=True)[0][:, :-1]
@@ -192,7 +200,7 @@ def _loss_hessian(calibration: SharedCalibration, outputs: Tensor, targets: Tens
         loss = calibration.loss(leaf, goal)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         rows = [
-            torch.autograd.grad(column.sum(), leaf, retain_graph=True)[0].flatten(1)
+            torch.autograd.grad(column.sum(), leaf, retain_graph=True)[0].reshape(len(outputs), -1)
             for column in gradient.reshape(len(outputs), -1).unbind(1)
         ]
     return torch.stack(rows, 1).detach()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paretoprune.criteria.convolution import convolution
 from paretoprune.criteria.differentiable import Outputs, leaves_of, run
@@ -85,7 +86,7 @@ def statistics(
             pass through the first (Pearlmutter, Neural Computation 1994).
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or the loss has no gradient.
     """
     gathering = _Gathering(model, graph, loss, curvature)
     for inputs, targets in batches:
@@ -107,6 +108,10 @@ class _Gathering:
             name: convolution
             for name in self._taps
             if graph.program.nodes[name].operator in CONVOLUTIONS
+        }
+        nodes = graph.program.nodes.values() if curvature else ()
+        self._smooth = {
+            node.name: _hardsigmoid for node in nodes if node.operator == "hardsigmoid"
         }
         first = next(iter(self._leaves.values()), torch.zeros(0))
         device, self._dtype = first.device, first.dtype
@@ -153,7 +158,7 @@ class _Gathering:
             name: self._units.gated_norm(self._taps[name], self._taps.get(layer), gates)
             for name, layer in self._norms.items()
         }
-        instead = {**norms, **self._convolutions}
+        instead = {**norms, **self._convolutions, **self._smooth}
         merged = {*self._norms, *self._norms.values()}
 
         def after(node: Node, values: Values) -> None:
@@ -170,6 +175,11 @@ class _Gathering:
         del values
         names, leaves = list(self._leaves), list(self._leaves.values())
         wanted = [*leaves, *leaving.values(), *([gates] if self._taps else [])]
+        if not loss.requires_grad:
+            raise ValueError(
+                "criteria that take gradients need a loss that has one, but that of the problem "
+                "does not depend on the outputs in a way that torch differentiates."
+            )
         gradients = torch.autograd.grad(
             loss, wanted, create_graph=self._curvature, allow_unused=True
         )
@@ -258,6 +268,13 @@ class _Gathering:
             leaks=vectors["leaks"] / self._examples,
             curvature=vectors["curvature"] / self._examples if self._curvature else None,
         )
+
+
+def _hardsigmoid(operator: Callable[..., Any], args: list[Any], _: dict[str, Any]) -> Tensor:
+    """Returns the hard sigmoid by operators that torch differentiates twice."""
+    value = F.relu6(args[0] + 3) / 6
+    overwrites = str(operator).endswith("hardsigmoid_.default")
+    return args[0].copy_(value) if overwrites else value
 
 
 def _norms_with_layers(graph: PruningGraph, taps: Mapping[str, Tap]) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from paretoprune.surgery.copying import kept_activations
 from paretoprune.surgery.execute import Execution
 from paretoprune.surgery.export import unfused
 from paretoprune.surgery.graph import PruningGraph
@@ -142,8 +145,7 @@ def attempt(
     args, kwargs = as_call(own_copy(example_inputs))
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with torch.no_grad(), unfused(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _comparable(), unfused():
             return Attempt(_tensors(small(*args, **kwargs)))
     except Exception as error:  # the code of the model depends on a size that changed
         said = f"the pruned network raises {_in_one_line(error)}"
@@ -151,6 +153,19 @@ def attempt(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _comparable() -> Iterator[None]:
+    """Without gradients and warnings, and with the same random numbers for every run.
+
+    Some networks draw in eval mode, too: the latent values of an autoencoder.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
 
 
 def _in_one_line(error: Exception) -> str:
@@ -231,7 +246,8 @@ def telling_copy(model: nn.Module) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(0)
     memo: dict[int, Any] = {
-        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
+        **kept_activations(model),
+        **{id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())},
     }
     statistics = [
         tensor
@@ -298,8 +314,7 @@ def _error(run: Attempt, reference: Callable[[], Iterable[Any]]) -> float | str:
     """Returns how far a run is off, relative to the largest output, or why nobody can say."""
     if run.outputs is None:
         return run.error
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _comparable():
         expected = _tensors(list(reference()))
     worst = 0.0
     for a, b in zip(expected, run.outputs, strict=True):
@@ -322,8 +337,9 @@ def _is_rounding(
 ) -> bool:
     """Whether a small error is gone in double precision.
 
-    A channel that is wired wrongly may matter as little as rounding does. Code that takes no
-    doubles cannot be asked: its errors count as rounding up to `TOLERANCE`.
+    A channel that is wired wrongly may matter as little as rounding does. Code that casts to
+    single precision casts to double here; what takes no doubles even so cannot be asked: its
+    errors count as rounding up to `TOLERANCE`.
     """
 
     def double(value: Any) -> Any:
@@ -331,12 +347,38 @@ def _is_rounding(
 
     precise = copy.deepcopy(dense).double()
     inputs = torch.utils._pytree.tree_map(double, example_inputs)
-    run = attempt(precise, graph, plan, inputs)
-    try:
-        error = _error(run, lambda: masked_outputs(precise, graph, plan, inputs))
-    except RuntimeError as raised:
-        error = str(raised)
+    with _in_double():
+        run = attempt(precise, graph, plan, inputs)
+        try:
+            error = _error(run, lambda: masked_outputs(precise, graph, plan, inputs))
+        except RuntimeError as raised:
+            error = str(raised)
     return found <= TOLERANCE if isinstance(error, str) else error <= ROUNDING**2
+
+
+@contextmanager
+def _in_double() -> Iterator[None]:
+    """Makes every tensor that would be made in single precision in double precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubling():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Doubling(TorchDispatchMode):
+    """Has operators that are asked for single precision return double precision."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        wanted = {
+            key: torch.float64 if value is torch.float32 else value
+            for key, value in (kwargs or {}).items()
+        }
+        return func(*args, **wanted)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -12,11 +12,13 @@ from types import FunctionType, NoneType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 _PLAIN = frozenset(
     (int, float, str, bool, NoneType, FunctionType, type, torch.dtype, torch.device, torch.Size)
 )
+_STATE = frozenset(("_parameters", "_buffers", "_modules"))
 _TABLES = frozenset((dict, OrderedDict, list, set))
 
 
@@ -27,6 +29,7 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         model: The module tree; left untouched.
         memo: By `id` of a module, parameter or buffer, what stands for it in the copy.
     """
+    memo |= kept_activations(model)
     modules = _outside(model, memo)
     if not all(_is_ordinary(type(module)) for module in modules):
         return copy.deepcopy(model, memo)
@@ -37,12 +40,11 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for name, value in module.__dict__.items():
             if name == "_compiled_call_impl":  # as nn.Module leaves it out of copies
                 continue
-            kind = type(value)
-            if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
+            if _is_plain(value):
                 attributes[name] = value
-            elif kind in _TABLES and not value:
-                attributes[name] = kind()
-            elif kind is dict and name in ("_parameters", "_buffers", "_modules"):
+            elif _is_empty(value):
+                attributes[name] = type(value)()
+            elif type(value) is dict and name in _STATE:
                 attributes[name] = {
                     key: item
                     if item is None
@@ -56,6 +58,24 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return memo[id(model)]  # type: ignore[no-any-return]
 
 
+def kept_activations(model: nn.Module) -> dict[int, Tensor]:
+    """Returns, by `id`, what stands in a copy for the activations that modules keep in attributes.
+
+    Auxiliary losses, attention maps and what hooks store: torch copies no tensor with a history,
+    and none that an export left there.
+    """
+    found = {}
+    for module in model.modules():
+        values = [value for name, value in vars(module).items() if name not in _STATE]
+        for leaf in tree_leaves([v for v in values if not (_is_plain(v) or _is_empty(v))]):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
+                if type(leaf) is not Tensor:
+                    found[id(leaf)] = leaf
+                elif leaf.grad_fn is not None:
+                    found[id(leaf)] = leaf.detach()
+    return found
+
+
 def _outside(model: nn.Module, memo: dict[int, Any]) -> dict[nn.Module, None]:
     """Returns the modules of a tree that nothing stands for, each once."""
     found: dict[nn.Module, None] = {}
@@ -66,6 +86,15 @@ def _outside(model: nn.Module, memo: dict[int, Any]) -> dict[nn.Module, None]:
             found[module] = None
             waiting += [child for child in module._modules.values() if child is not None]
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    return kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value)))
+
+
+def _is_empty(value: Any) -> bool:
+    return type(value) in _TABLES and not value
 
 
 def _is_ordinary(kind: type[nn.Module]) -> bool:

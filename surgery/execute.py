@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretoprune.surgery.errors import UnsupportedModel
 from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.inputs import has_rows
 from paretoprune.surgery.plan import PruningPlan
@@ -34,9 +35,18 @@ class Execution:
     Args:
         graph: From `trace`.
         plan: The plan whose pruned weights will be run; None for the dense network.
+
+    Raises:
+        UnsupportedModel: If the network's code takes examples one by one.
     """
 
     def __init__(self, graph: PruningGraph, plan: PruningPlan | None = None) -> None:
+        if graph.program.unrolled is not None:
+            raise UnsupportedModel(
+                f"the code of {graph.program.unrolled or 'the network'} takes the examples of a "
+                "batch one by one, so that it cannot be run operation by operation on other "
+                "batches; let it treat them together, or rank by a criterion without data."
+            )
         self.graph = graph
         self.program: Program = graph.program
         mask = graph.kept_mask(plan or PruningPlan())

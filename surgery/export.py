@@ -8,6 +8,7 @@ import itertools
 import logging
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -35,7 +36,9 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
 }
 """Modules of torch that run another one, by class name, and their attribute that holds it."""
-_SIZES = {"size", "sizes", "shape", "repeats", "split_size", "split_sizes", "start", "end"}
+_SIZES = {
+    "size", "sizes", "shape", "repeats", "split_size", "split_sizes", "start", "end", "groups",
+}  # fmt: skip
 _TRIES = 3
 _PRIMES = (97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173)
 _END = 2**63 - 1  # what a slice without end has as its end
@@ -72,9 +75,10 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
         except UnsupportedModel:  # the model may take no other batch size
             break
         nodes = {node.name: _with_batch_sizes(node, prime) for node in program.nodes.values()}
-        first = first or dataclasses.replace(program, nodes=nodes)
+        program = dataclasses.replace(program, nodes=nodes, unrolled=_unrolled(program, prime))
+        first = first or program
         if not any(_divides(prime, node.shape) > 1 for node in nodes.values()):
-            return dataclasses.replace(program, nodes=nodes)
+            return program
     return first or _export(model, args, kwargs)
 
 
@@ -86,6 +90,25 @@ def _with_rows(inputs: Any, rows: int, wanted: int) -> Any:
         return value.new_empty((wanted, *value.shape[1:])) if whole else value
 
     return torch.utils._pytree.tree_map(many, inputs)
+
+
+def _unrolled(program: Program, prime: int) -> str | None:
+    """Returns the first module that takes the examples of a batch one by one.
+
+    Args:
+        program: Exported with a batch of `prime` examples.
+        prime: Their number.
+    """
+    picked: Counter[tuple[str, int]] = Counter()
+    for node in program.nodes.values():
+        if node.operator not in ("unbind", "select"):
+            continue
+        source: Any = program.nodes[next(node.refs())].shape
+        dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(source)
+        picked[next(node.refs()), dim] += 1 if node.operator == "select" else prime
+        if source[dim] == prime and picked[next(node.refs()), dim] >= prime:
+            return node.module
+    return None
 
 
 def _divides(prime: int, shape: Any) -> int:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from paretoprune.surgery.copying import kept_activations
+
 Shape = tuple[int, ...]
 
 
@@ -86,12 +88,15 @@ class Program:
         outputs: Names of the returned values; one that is returned twice, twice.
         batch: Size of the first dim of the example inputs.
         keywords: Names of the keyword arguments, in the order of the inputs.
+        unrolled: The module whose code takes the examples of a batch one by one, of which the
+            nodes hold as many steps as the exported batch had; None if there is none.
     """
 
     nodes: Mapping[str, Node]
     outputs: tuple[str, ...]
     batch: int
     keywords: tuple[str, ...] = ()
+    unrolled: str | None = None
 
     def users(self) -> dict[str, list[Node]]:
         """Returns, for every value, the nodes that read it; model outputs read as a node."""
@@ -130,7 +135,8 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def shared_copy(model: nn.Module) -> nn.Module:
     """Returns a copy of the module tree that shares parameters and buffers with `model`."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    shared = {id(tensor): tensor for tensor in tensors}
+    return copy.deepcopy(model, kept_activations(model) | shared)
 
 
 def own_copy(inputs: Any) -> Any:

@@ -34,10 +34,11 @@ def prune(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Module
         plan: What to keep.
 
     Raises:
-        ValueError: If the plan does not fit the network.
+        ValueError: If the plan does not fit the network, or the graph is one of another network.
     """
     mask = graph.kept_mask(plan)
     keep = _kept_positions(graph, mask)
+    _demand_traced(model, graph, keep)
     removed = [model.get_submodule(name) for name in plan.removed]
     memo: dict[int, Any] = {id(block): Skip().train(model.training) for block in removed}
     outside = modules_outside(model, removed)
@@ -135,6 +136,22 @@ def _kept_positions(graph: PruningGraph, mask: Tensor) -> dict[str, dict[int, Te
         if positions is not None:
             keep.setdefault(name, {})[axis] = positions
     return keep
+
+
+def _demand_traced(model: nn.Module, graph: PruningGraph, keep: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if what loses units is not there, or has another size."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, axes in keep.items():
+        there = tensors.get(name)
+        for axis in axes:
+            wanted = len(graph.units[name, axis])
+            size = there.shape[axis] if there is not None and axis < there.ndim else None
+            if size != wanted:
+                found = "no such tensor" if there is None else f"shape {tuple(there.shape)}"
+                raise ValueError(
+                    f"the graph is that of another network: {name} has {wanted} channels along "
+                    f"axis {axis}, but {type(model).__name__} has {found}; trace this one."
+                )
 
 
 def _sliced(tensor: Tensor, cuts: list[dict[int, Tensor]]) -> Tensor:

@@ -55,21 +55,20 @@ def trace(model: nn.Module, example_inputs: Any, *, exhaustive: bool = False) ->
     inside = {name: _inside(model, name) for name in extents}
     telling = telling_copy(model)
     recorded: dict[str, Recording] = {}
-    while True:
+    while True:  # with less that can go, the self-check tries other plans
         graph = _build(tracer, classes, groups, unit_of_class, extents, inside, recorded)
         runs, more = _try(telling, graph, example_inputs)
-        if not more:
-            break
-        recorded |= more
-    groups_broken, blocks_broken = broken(
-        telling, graph, example_inputs, runs, exhaustive=exhaustive
-    )
-    if groups_broken or blocks_broken:
+        if more:
+            recorded |= more
+            continue
+        groups_broken, blocks_broken = broken(
+            telling, graph, example_inputs, runs, exhaustive=exhaustive
+        )
+        if not groups_broken and not blocks_broken:
+            return graph
         for name, reason in groups_broken.items():
             groups[name] = dataclasses.replace(groups[name], frozen=reason)
         extents = {name: e for name, e in extents.items() if name not in blocks_broken}
-        graph = _build(tracer, classes, groups, unit_of_class, extents, inside, recorded)
-    return graph
 
 
 def _try(

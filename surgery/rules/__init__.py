@@ -81,6 +81,8 @@ for _names, _rule in (
     ("pixel_unshuffle", shapes.pixel_unshuffle),
     ("channel_shuffle native_channel_shuffle", shapes.channel_shuffle),
     ("glu", shapes.glu),
+    ("grid_sampler grid_sampler_2d grid_sampler_3d", shapes.sampling),
+    ("max_unpool2d max_unpool3d", shapes.unpooling),
     (
         "new_zeros new_ones new_full new_empty empty_like zeros ones full arange eye "
         "scalar_tensor",

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 _NORMS = {"linalg_vector_norm", "linalg_norm", "norm"}
 _ADDS_UP = {"sum", *_NORMS}  # zeros change nothing
-_AVERAGES = {"mean", "var", "std", "var_mean", "std_mean"}
+_AVERAGES = {"mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min"}
 
 
 def reduction(tracer: Tracer, node: Node) -> Result:
     """Reductions over some dims; labels survive along the others.
 
-    Sums and norms over the channels themselves ignore channels that are zero. Means count them,
-    which is a statistic. Anything else over channels freezes them.
+    Sums and norms over the channels themselves ignore channels that are zero. Means and extremes
+    count them, which is a statistic. Anything else over channels freezes them.
     """
     if isinstance(argument(node, 1, "other"), Ref):  # max and min of two tensors
         return pointwise(tracer, node)

@@ -125,6 +125,14 @@ def test_criteria_that_need_data_say_so(criterion: str) -> None:
         CRITERIA[criterion]()(model, graph, [])
 
 
+def test_a_loss_without_gradient_is_refused_in_one_sentence() -> None:
+    model, graph = traced("mlp")
+    wrong = lambda outputs, targets: (outputs.argmax(1) != targets).float().mean()  # noqa: E731
+    data = SharedCalibration([(ZOO["mlp"].inputs(4), torch.zeros(4).long())], wrong)
+    with pytest.raises(ValueError, match="need a loss that has one"):
+        CRITERIA["taylor"]()(model, graph, data)
+
+
 def test_random_depends_on_its_seed_alone() -> None:
     model, graph = traced("residual")
     kind = CRITERIA["random"]

@@ -285,6 +285,22 @@ def test_kl_is_of_the_changed_predictions_from_the_dense_ones() -> None:
     assert kl_divergence(dense, dense + 3) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(9,), (9, 1)])
+def test_kl_of_what_are_no_classes_is_refused_in_one_sentence(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least two classes, but the network returns"):
+        kl_divergence(torch.randn(shape), torch.randn(shape))
+
+
+def test_cka_of_one_number_per_example() -> None:
+    data = [(torch.randn(16, 6), torch.randn(16))]
+    found = []
+    for tail in ([], [nn.Flatten(0)]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1), *tail).eval()
+        found.append(CRITERIA["cka"]()(model, trace(model, data[0][0][:2]), data)["0"])
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("measure", CHANGES)
 def test_no_change_is_zero_and_a_change_is_more(measure: str) -> None:
     targets = torch.arange(20) % 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from tests.unit.surgery.specimens import ZOO
 Case = tuple[nn.Module, PruningGraph, Tensor, Tensor]
 
 
-def perceptron(activation: type[nn.Module] = nn.Tanh, *, bias: bool = True) -> Case:
+def perceptron(activation: Callable[[], nn.Module] = nn.Tanh, *, bias: bool = True) -> Case:
     """About 60 parameters, two hidden layers."""
     layers = [
         *(nn.Linear(4, 4, bias=bias), activation()),
@@ -325,6 +327,43 @@ def test_sosp_i_is_greedy_on_the_networks_matrix() -> None:
         assert costs[unit] == pytest.approx(min(costs.values()))
         assert values[unit].item() == pytest.approx(costs[unit] - before, rel=1e-5)
         gone = (*gone, unit)
+
+
+class Six(nn.Module):
+    """A hard sigmoid of operators that torch differentiates twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x + 3) / 6
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_hard_sigmoid_has_a_curvature(inplace: bool) -> None:
+    found = []
+    for activation in (partial(nn.Hardsigmoid, inplace), Six):
+        torch.manual_seed(0)
+        model, graph, inputs, targets = perceptron(activation)
+        found.append(CRITERIA["sosp_h"]()(model, graph, shared(inputs, targets)))
+    for name, values in found[1].items():
+        torch.testing.assert_close(found[0][name], values)
+
+
+def test_sosp_i_of_one_number_per_example() -> None:
+    found = []
+    for tail in ([], [nn.Flatten(0)]):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1), *tail)
+        model, graph, inputs, _ = case(layers, torch.randn(12, 4))
+        targets = inputs.sum(1).reshape(model(inputs).shape)
+        data = SharedCalibration([(inputs, targets)], F.mse_loss)
+        found.append(CRITERIA["sosp_i"]()(model, graph, data)["0"])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_sosp_i_of_too_many_outputs_is_refused_in_one_sentence() -> None:
+    layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3000))
+    model, graph, inputs, targets = case(layers, torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"at most 2048 outputs .* returns 3000; rank by sosp_h"):
+        CRITERIA["sosp_i"]()(model, graph, shared(inputs, targets))
 
 
 def test_a_network_of_several_outputs_is_refused_in_one_sentence() -> None:

@@ -159,6 +159,7 @@ ZOO: Mapping[str, Specimen] = {
             "first.0": "meets channels along another dim",
             "second.0": "meets channels along another dim",
             "third.0": "is indexed",
+            "fourth.0": "is reduced by prod",
             "out": OUTPUT,
         },
     ),
@@ -267,9 +268,9 @@ ZOO: Mapping[str, Specimen] = {
     "spatial_gate": Specimen(
         zoo_norms.SpatialGate,
         IMAGES,
-        {"conv1": 6},
-        {"conv2": "is reduced by amax", "head.2": OUTPUT},
-        statistics={"conv1": ("",)},
+        {"conv1": 6, "conv2": 7},
+        {"head.2": OUTPUT},
+        statistics={"conv1": ("",), "conv2": ("",)},
     ),
     "attention": Specimen(
         zoo_attention.InModel,
@@ -516,6 +517,13 @@ ZOO: Mapping[str, Specimen] = {
         IMAGES,
         {"down1.0": 4, "down2.0": 6, "deep.0": 8, "up2": 5, "join2.0": 6, "up1": 4, "join1.0": 5},
         {"out": OUTPUT},
+    ),
+    "unpooled": Specimen(zoo_layout.Unpooled, IMAGES, {"down": 6}, {"out": OUTPUT}),
+    "sampled": Specimen(
+        zoo_layout.Sampled,
+        IMAGES,
+        {"stem.0": 6, "where": 5, "wide.0": 7},
+        {"grid": "is concatenated with fixed channels", "head.2": OUTPUT},
     ),
     "cell": Specimen(zoo_layout.Cell, IMAGES, {"stem.0": 6, "wide.0": 9}, {"head.2": OUTPUT}),
     "mixer": Specimen(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretoprune.criteria import differentiable
-from paretoprune.surgery import PruningPlan, prune, trace
+from paretoprune.criteria import CRITERIA, SharedCalibration, differentiable
+from paretoprune.surgery import PruningPlan, UnsupportedModel, prune, trace
 from paretoprune.surgery.execute import Execution
 from paretoprune.surgery.export import export_program
 from paretoprune.surgery.record import record
@@ -247,6 +247,61 @@ def test_what_is_computed_for_every_example_counts_for_every_example(
         assert graph.cost(plan) == counted(small, one)
         if alike:  # else what all examples share is computed once
             assert graph.cost(plan) == counted(small, inputs)
+
+
+class Correlated(nn.Module):
+    """Siamese tracking: every example's map is convolved with its own kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+
+    def forward(self, kernel: Tensor, x: Tensor) -> Any:
+        kernel, x = (self.deep(F.relu(self.stem(part))) for part in (kernel, x))
+        line = x.reshape(1, -1, *x.shape[2:])
+        return F.conv2d(line, kernel, groups=len(kernel)).transpose(0, 1).flatten(1)
+
+
+def pictures(count: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 3, 7, 7), torch.randn(count, 3, 10, 10)
+
+
+def test_groups_of_a_convolution_that_count_examples_follow_the_batch() -> None:
+    model = Correlated().eval()
+    graph = trace(model, pictures(2))
+    assert {group.name for group in graph.open_groups} == {"stem"}
+    inputs = pictures(5)
+    (found,) = Execution(graph).run(model, inputs).values()
+    torch.testing.assert_close(found, model(*inputs))
+
+
+class OneByOne(nn.Module):
+    """Loops over the examples."""
+
+    def __init__(self, *, indexed: bool) -> None:
+        super().__init__()
+        self.hidden, self.out, self.indexed = nn.Linear(4, 6), nn.Linear(6, 2), indexed
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.hidden(x))
+        rows = [x[index] for index in range(len(x))] if self.indexed else x
+        return self.out(torch.stack([row.amax(0) for row in rows]))
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_code_that_loops_over_examples_prunes_and_is_not_run_on_other_batches(
+    indexed: bool,
+) -> None:
+    model = OneByOne(indexed=indexed).eval()
+    graph = trace(model, torch.randn(2, 5, 4))
+    plan, inputs = half(graph), torch.randn(7, 5, 4)
+    expected = masked_outputs(model, graph, plan, inputs)
+    assert difference(expected, outputs(prune(model, graph, plan), inputs)) < 1e-5
+    for count in (2, 97, 200):
+        data = [(torch.randn(count, 5, 4), torch.zeros(count).long())]
+        for name in ("obs", "taylor"):
+            with pytest.raises(UnsupportedModel, match="takes the examples of a batch one by one"):
+                CRITERIA[name]()(model, graph, SharedCalibration(data, F.cross_entropy))
 
 
 class Pairs(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -218,6 +219,56 @@ def test_a_plan_that_does_not_fit_is_refused_everywhere(plan: PruningPlan, sente
     ):
         with pytest.raises(ValueError, match=sentence):
             use()
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (lambda: nn.Sequential(chain_of(16)), "0.weight has 16 channels .* has no such tensor"),
+        (lambda: chain_of(32), r"0.weight has 16 channels along axis 0, .* shape \(32, 6\)"),
+    ],
+    ids=["wrapped", "wider"],
+)
+def test_the_graph_of_another_network_is_refused(
+    other: Callable[[], nn.Module], sentence: str
+) -> None:
+    graph = trace(chain_of(16), torch.randn(2, 6))
+    with pytest.raises(ValueError, match=f"that of another network: {sentence}"):
+        prune(other(), graph, PruningPlan({"0": (0, 1)}))
+
+
+def chain_of(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+class Remembering(nn.Module):
+    """Keeps an auxiliary loss with its history, and by a hook what a layer puts out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.auxiliary: Any = None
+        self.seen: dict[str, Any] = {}
+        self.hidden.register_forward_hook(lambda *call: self.seen.update(last=call[-1]))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = torch.relu(self.hidden(x))
+        self.auxiliary = x.square().mean()
+        return self.out(x)
+
+
+def test_networks_that_keep_activations_are_traced_and_pruned() -> None:
+    torch.manual_seed(0)
+    model, inputs = Remembering(), torch.randn(4, 6)
+    (model(inputs).sum() + model.auxiliary).backward()
+    graph = trace(model, inputs)
+    kept = [0, 3, 5]
+    for _ in range(2):  # what the export left in the network's tables is no obstacle either
+        small = prune(model, graph, PruningPlan({"hidden": tuple(kept)}))
+        hidden = torch.relu(model.hidden(inputs))[:, kept]
+        expected = hidden @ model.out.weight[:, kept].T + model.out.bias
+        torch.testing.assert_close(small(inputs), expected)
+        graph = trace(model, inputs)
 
 
 def test_a_frozen_group_may_be_named_when_it_is_kept_whole() -> None:

@@ -358,6 +358,55 @@ def test_what_is_right_by_luck_in_some_plans_is_not_left_open(
         assert difference(masked_outputs(model, graph, plan, inputs), found) < 1e-5
 
 
+class Scaled(nn.Module):
+    """Scales by the width of its input, which matters little, beside code that casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.stem, self.mix = nn.Linear(4, 16), nn.Linear(6, 16), nn.Linear(16, 16)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, step: Tensor) -> Any:
+        angles = step[:, None].float() * torch.arange(4).to(torch.float32) * 0.01
+        x = self.stem(x) + self.time(angles)
+        return self.out(x + F.relu(self.mix(x)) * x.shape[1] ** -4)
+
+
+def test_errors_like_rounding_are_told_from_it_though_the_code_casts_to_single_precision() -> None:
+    torch.manual_seed(0)
+    graph = trace(Scaled().eval(), (torch.randn(4, 6), torch.arange(4)))
+    frozen = graph.groups["stem"].frozen or ""
+    assert frozen.startswith("the self-check failed: outputs differ by")
+    assert 1e-5 < float(frozen.split()[-4]) < 1e-3, "a difference that could be rounding"
+    assert torch.get_default_dtype() == torch.float32
+
+
+class Sampling(nn.Module):
+    """A variational autoencoder, which draws in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.mean, self.spread = nn.Linear(6, 9), nn.Linear(9, 4), nn.Linear(9, 4)
+        self.decode, self.out = nn.Linear(4, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.encode(x))
+        mean, spread = self.mean(x), self.spread(x)
+        return self.out(F.relu(self.decode(mean + spread.exp() * torch.randn_like(spread))))
+
+
+def test_a_network_that_draws_random_numbers_is_compared_on_the_same_ones() -> None:
+    model, inputs = Sampling(), torch.randn(2, 6)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    graph = trace(model, inputs)
+    assert {"encode": 9, "decode": 8}.items() <= {
+        g.name: g.size for g in graph.open_groups
+    }.items()
+    assert torch.equal(torch.rand(3), expected), "and the caller's numbers go on"
+
+
 def test_groups_that_fail_together_do_not_take_others_with_them() -> None:
     torch.manual_seed(0)
     graph = trace(Compared().eval(), torch.randn(2, 3, 8, 8))

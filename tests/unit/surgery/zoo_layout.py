@@ -164,6 +164,36 @@ class UNet(nn.Module):
         return self.out(F.relu(self.join1(torch.cat([self.up1(x), first], 1))))
 
 
+class Unpooled(nn.Module):
+    """SegNet: values go up to the positions that the way down took them from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
+        self.out = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x, positions = F.max_pool2d(F.relu(self.down(x)), 2, return_indices=True)
+        return self.out(F.max_unpool2d(F.relu(self.deep(x)), positions, [2, 2]))
+
+
+class Sampled(nn.Module):
+    """A spatial transformer: all channels are sampled where a small network says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.head = conv_bn(3, 6), conv_bn(6, 7), classifier(7)
+        self.where, self.grid = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.stem(x))
+        shift = self.grid(F.relu(self.where(x.mean((2, 3)))))[..., None]
+        turn = torch.cat([torch.eye(2).expand(len(x), 2, 2), shift], 2)
+        places = F.affine_grid(turn, list(x.shape), align_corners=False)
+        x = F.grid_sample(x, places, align_corners=False)
+        return self.head(F.relu(self.wide(x)))
+
+
 class Cell(nn.Module):
     """A cell of a searched architecture: nodes that add what two earlier ones compute."""
 

@@ -113,7 +113,7 @@ class StandardisedWeight(nn.Conv2d):
 
 
 class SpatialGate(nn.Module):
-    """A gate over positions from the mean and the maximum over channels."""
+    """Gates over positions, from the mean and from the extremes over channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,4 +124,5 @@ class SpatialGate(nn.Module):
         x = F.relu(self.conv1(x))
         x = x * torch.sigmoid(self.gate(x.mean(1, keepdim=True)))
         x = F.relu(self.conv2(x))
-        return self.head(x * torch.sigmoid(self.gate(x.amax(1, keepdim=True))))
+        largest = x.amax(1, keepdim=True) - x.min(1, keepdim=True).values
+        return self.head(x * torch.sigmoid(self.gate(largest)))

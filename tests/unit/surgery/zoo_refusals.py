@@ -69,15 +69,17 @@ class Standardised(nn.Module):
 
 
 class Multiplied(nn.Module):
-    """Matrix products of activations, einsum, and a gather of channels."""
+    """Matrix products of activations, einsum, a gather of channels, and their product."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.third = conv_bn(3, 6), conv_bn(3, 6), conv_bn(3, 7)
-        self.hidden, self.out = nn.Linear(6, 8), nn.Linear(11, 5)
+        self.fourth = conv_bn(3, 5)
+        self.hidden, self.out = nn.Linear(6, 8), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Any:
         a, b, c = (f(x).flatten(2) for f in (self.first, self.second, self.third))
+        all_at_once = self.fourth(x).mean((2, 3)).prod(1, keepdim=True)
         product = torch.einsum("ncl,ndl->ncd", a, b)
         picked = c.mean(2)[:, [0, 2, 5]]
-        return self.out(torch.cat([F.relu(self.hidden(product.mean(1))), picked], 1))
+        return self.out(torch.cat([F.relu(self.hidden(product.mean(1))), picked, all_at_once], 1))
