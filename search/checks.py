@@ -246,9 +246,15 @@ def _first(name: str, batches: Iterable[Batch]) -> Batch:
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
         raise ValueError(
             f"a batch of problem.{name} is (inputs, targets) with targets a tensor, but got "
-            f"{type(batch).__name__}."
+            f"{_form(batch)}."
         )
     return batch[0], batch[1]
+
+
+def _form(batch: object) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"({', '.join(type(part).__name__ for part in batch)})"
+    return type(batch).__name__
 
 
 def _check_batch(problem: Problem, name: str, batch: Batch) -> None:

@@ -98,6 +98,12 @@ def _measure(
     criterion: Criterion, model: nn.Module, graph: PruningGraph, calibration: SharedCalibration
 ) -> Found:
     scores = criterion(model, graph, calibration)
+    missing = [group.name for group in graph.open_groups if group.name not in scores]
+    if missing:
+        raise ValueError(
+            f"a criterion ranks the units of every group that can be pruned, but "
+            f"{type(criterion).__name__} returned nothing for {', '.join(map(repr, missing[:3]))}."
+        )
     units = {g.name: scores[g.name].detach().cpu().contiguous() for g in graph.open_groups}
     return units, block_saliency(criterion, units, model, graph, calibration)
 

@@ -56,7 +56,14 @@ def save(
         arguments: Keyword arguments of `reference`; plain JSON values.
         example_inputs: Recorded as shapes and dtypes.
         metrics: Measured numbers to keep beside the plan; plain JSON values.
+
+    Raises:
+        ValueError: If arguments or metrics are no plain JSON values; nothing is written then.
     """
+    try:
+        json.dumps([dict(arguments or {}), dict(metrics or {})])
+    except TypeError as error:
+        raise ValueError(f"arguments and metrics are plain JSON values, but {error}.") from error
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     state = _unique_state(small)
@@ -172,6 +179,11 @@ def _dense(dense: Callable[[], nn.Module] | str | None, described: dict[str, Any
             )
         _check_arguments(described["arguments"])
         dense = reference
+    if isinstance(dense, nn.Module):
+        raise ValueError(
+            f"a function that builds the dense network is needed, but got {type(dense).__name__} "
+            f"itself; a network that can be changed is given by lambda: network."
+        )
     if isinstance(dense, str):
         return build(dense, described["arguments"])
     return _module(dense(), dense)

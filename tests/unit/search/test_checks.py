@@ -84,6 +84,11 @@ def once(problem: Problem) -> Any:
     [
         ("calibration", lambda p: [], r"problem\.calibration must have at least one batch"),
         ("validation", once, r"problem\.validation is read many times"),
+        (
+            "calibration",
+            lambda p: [(torch.zeros(2), {"boxes": torch.zeros(2)})],
+            r"with targets a tensor, but got \(Tensor, dict\)",
+        ),
         ("validation", lambda p: [torch.zeros(2)], r"problem\.validation is \(inputs, targets\)"),
         ("recalibration", lambda p: [], r"problem\.recalibration must have at least one"),
         (

@@ -223,6 +223,16 @@ def test_progress_counts_every_batch_and_every_unit(problem: Problem, tmp_path: 
     assert ablated == list(range(1, parts + 1))
 
 
+def test_a_criterion_that_leaves_a_group_out_is_named(setting: Setting) -> None:
+    class Forgetful(Counting):
+        def __call__(self, *given: Any) -> Any:
+            return dict(list(super().__call__(*given).items())[1:])
+
+    setting.criteria = {"mine": Forgetful()}
+    with pytest.raises(ValueError, match=r"every group .* Forgetful returned nothing for '"):
+        setting.scores()
+
+
 def test_a_criterion_written_at_a_prompt_is_measured_and_told_apart(setting: Setting) -> None:
     def typed(factor: float) -> Any:
         code = f"""

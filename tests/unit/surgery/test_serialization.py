@@ -505,3 +505,13 @@ def test_a_function_that_builds_no_module_is_refused(exported: tuple[Path, nn.Mo
     build: Any = dict
     with pytest.raises(UnsupportedModel, match=r"returns dict, but an nn\.Module is needed"):
         load(exported[0], build)
+    network: Any = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"function that builds .* but got Linear itself"):
+        load(exported[0], network)
+
+
+def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for values in ({"arguments": {"activation": nn.ReLU}}, {"metrics": {"loss": torch.ones(1)}}):
+        with pytest.raises(ValueError, match="plain JSON values, but Object of type"):
+            save(tmp_path / "export", nn.Linear(4, 3), PruningPlan(), **values)
+    assert not (tmp_path / "export").exists()
