@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paretoprune.experiments.data.sources import DatasetSource, ImageArray
@@ -72,28 +76,42 @@ def _cifar10_npz(directory: Path, split: Split) -> tuple[Tensor, Tensor]:
             f"a CIFAR-10 folder of npz files has train-0.npz, … and test.npz, but {directory} "
             f"has no {pattern}."
         )
-    images, labels = [], []
-    for file in files:
-        try:
-            with np.load(file) as arrays:
-                images.append(arrays["images"])
-                labels.append(arrays["labels"])
-        except (KeyError, ValueError, OSError, EOFError) as error:
-            raise ValueError(
-                f"{file} is no npz file with the arrays 'images' and 'labels' ({error})."
-            ) from error
+    images, labels = zip(*map(_npz_arrays, files), strict=True)
     return torch.from_numpy(np.concatenate(images)), _int64(np.concatenate(labels))
+
+
+def _npz_arrays(file: Path) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    try:
+        with file.open("rb") as opened, np.load(opened) as arrays:  # NumPy leaves a bad zip open
+            images, labels = arrays["images"], arrays["labels"]
+    except (KeyError, ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{file} is no npz file with the arrays 'images' and 'labels' ({error})."
+        ) from error
+    classes = labels.reshape(-1)  # Keras has them in a column
+    like_cifar = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
+    if not like_cifar or len(classes) != len(images):
+        raise ValueError(
+            f"a CIFAR-10 file has images, uint8 of shape (n, 32, 32, 3), and n labels, but {file} "
+            f"has images, {images.dtype} of shape {images.shape}, and labels of shape "
+            f"{labels.shape}."
+        )
+    return images, classes
 
 
 def _cifar10_torchvision(directory: Path, split: Split) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import CIFAR10
 
     missing = not (directory / CIFAR10.base_folder).is_dir()
+    absent = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         with warnings.catch_warnings():  # NumPy dislikes how these old pickles spell a dtype
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             dataset = CIFAR10(str(directory), train=split == "train", download=missing)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
+        for folder in absent:  # a download makes its folder first; only empty ones can go
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         what = "and downloading it failed" if missing else "that can be read"
         raise ValueError(
             f"{directory} holds no CIFAR-10 (train-*.npz and test.npz, or {CIFAR10.base_folder}) "

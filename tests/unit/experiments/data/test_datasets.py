@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import urllib.request
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -55,6 +57,37 @@ def test_a_damaged_npz_file_is_named(tmp_path: Path, content: bytes) -> None:
         cifar10(tmp_path, "train")
 
 
+def test_a_truncated_npz_file_is_named(tmp_path: Path) -> None:
+    write_npz(tmp_path / "train-0.npz", 10, 0)
+    whole = (tmp_path / "train-0.npz").read_bytes()
+    (tmp_path / "train-0.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"train-0\.npz is no npz file"):
+        cifar10(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((4, 3, 32, 32), np.uint8), np.arange(4), r"uint8 of shape \(4, 3, 32, 32\)"),
+        (np.zeros((4, 32, 32, 3), np.float32), np.arange(4), r"float32 of shape \(4, 32, 32, 3\)"),
+        (np.zeros((4, 32, 32, 3), np.uint8), np.arange(3), r"labels of shape \(3,\)"),
+        (np.zeros((4, 32, 32, 3), np.uint8), np.eye(4), r"labels of shape \(4, 4\)"),
+    ],
+)
+def test_images_and_labels_of_another_form_are_refused(
+    tmp_path: Path, images: Any, labels: Any, message: str
+) -> None:
+    np.savez(tmp_path / "train-0.npz", images=images, labels=labels)
+    with pytest.raises(ValueError, match=rf"\(n, 32, 32, 3\), and n labels, but .*{message}"):
+        cifar10(tmp_path, "train")
+
+
+def test_labels_may_be_a_column(tmp_path: Path) -> None:
+    images, column = np.zeros((4, 32, 32, 3), np.uint8), np.arange(4)[:, None]
+    np.savez(tmp_path / "train-0.npz", images=images, labels=column)
+    assert cifar10(tmp_path, "train").labels().tolist() == [0, 1, 2, 3]
+
+
 def test_an_npz_file_with_other_arrays_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "train-0.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match="arrays 'images' and 'labels'"):
@@ -103,18 +136,17 @@ def test_a_damaged_torchvision_layout_is_not_downloaded_again(
         cifar10(tmp_path, "test")
 
 
-def test_a_failed_download_is_one_sentence(
+def test_a_failed_download_is_one_sentence_and_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchvision.datasets import CIFAR10
-
-    def offline(_self: object) -> None:
+    def offline(*_: object, **__: object) -> None:
         raise URLError("no network")
 
-    monkeypatch.setattr(CIFAR10, "download", offline)
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(ValueError, match=r"downloading it failed: .*no network") as caught:
-        cifar10(tmp_path, "train")
+        cifar10(tmp_path / "typo" / "data", "train")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "typo").exists()
 
 
 def write_images(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3) -> None:
