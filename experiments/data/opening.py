@@ -146,9 +146,12 @@ def _dataset_of(loader: DataLoader[Any]) -> Any:
     """Returns the dataset of the examples that a loader gives; None where they are its own.
 
     A loader's batches hold each example as it was augmented once; a dataset draws anew in every
-    epoch. With a collation or sampler of its own a loader may give other examples than that.
+    epoch. With a collation or sampler of its own a loader may give other examples than that, and
+    a subclass may change its batches.
     """
     dataset, batches = loader.dataset, loader.batch_sampler
+    if type(loader) is not DataLoader:
+        return None
     if not _is_map_style(dataset) or loader.collate_fn is not default_collate:
         return None
     sampler = batches.sampler if type(batches) is BatchSampler else None

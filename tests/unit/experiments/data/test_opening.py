@@ -78,6 +78,14 @@ def own_batches():
 def some_of_them():
     return DataLoader(pairs(40), batch_size=16, sampler=range(20)), None
 
+class Doubled(DataLoader):
+    def __iter__(self):
+        for inputs, targets in super().__iter__():
+            yield 2 * inputs, targets
+
+def changed_batches():
+    return Doubled(pairs(40), batch_size=16), Doubled(pairs(8), batch_size=8)
+
 class Endless(IterableDataset):
     def __iter__(self):
         while True:
@@ -202,13 +210,27 @@ def test_a_loader_of_a_subset_keeps_to_it() -> None:
 
 @pytest.mark.parametrize(
     ("name", "examples"),
-    [("own_collation", 40), ("own_sampler", 40), ("own_batches", 4), ("some_of_them", 20)],
+    [
+        ("own_collation", 40),
+        ("own_sampler", 40),
+        ("own_batches", 4),
+        ("some_of_them", 20),
+        ("changed_batches", 40),
+    ],
 )
 def test_a_loader_with_parts_of_its_own_is_read_whole(name: str, examples: int) -> None:
     data = load_data(f"user_data:{name}")
     assert isinstance(data.train, ExampleArray)
     assert len(data.train) == examples
     assert data.whole
+
+
+def test_a_loader_that_changes_its_batches_does_so_for_training_as_for_test() -> None:
+    data = load_data("user_data:changed_batches")
+    assert data.test is not None
+    ((tested, _),) = data.test()
+    assert torch.equal(data.train.read(torch.arange(8))[0], tested)
+    assert tested.flatten().tolist() == [*range(0, 16, 2)]
 
 
 def test_a_loader_with_parts_of_its_own_is_read_by_seed() -> None:
