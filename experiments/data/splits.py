@@ -172,7 +172,7 @@ def split(source: Source, *, seed: int, seen: bool = False, sizes: Sizes | None 
     generator = torch.Generator().manual_seed(seed)
     validation, training = _ordered(source.labels(), total, held_out, generator)
     batch_size = batch_size_for(source)
-    augmented = training[: sizes.recalibration].split(batch_size)
+    augmented = _equal_parts(training[: sizes.recalibration], batch_size)
     return Splits(
         calibration=list(Batches(source, training[: sizes.calibration], batch_size)),
         recalibration=[float32(source.read(part, generator)) for part in augmented],
@@ -187,6 +187,15 @@ def split(source: Source, *, seed: int, seen: bool = False, sizes: Sizes | None 
         ],
         training=training,
     )
+
+
+def _equal_parts(indices: Tensor, largest: int) -> tuple[Tensor, ...]:
+    """Returns indices in parts that differ by one at most.
+
+    Recalibration averages over batches: a small one would count as much as the others, and of a
+    single example BatchNorm takes no statistics.
+    """
+    return indices.tensor_split(-(-len(indices) // largest))
 
 
 def batch_size_for(source: Source) -> int:

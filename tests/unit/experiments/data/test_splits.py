@@ -115,6 +115,15 @@ def test_recalibration_is_augmented_and_calibration_is_not() -> None:
     assert not (augmented > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [(334, [126, 125]), (1347, [203, 202, 202, 202, 202]), (50_000, [250] * 8)],
+)
+def test_recalibration_comes_in_equal_batches(total: int, expected: list[int]) -> None:
+    recalibration = split(numbered(torch.arange(total) % 10), seed=0).recalibration
+    assert [len(targets) for _, targets in recalibration] == expected
+
+
 def test_batches_are_read_anew_each_time_as_float32() -> None:
     source = ExampleArray(torch.arange(5, dtype=torch.float64), torch.arange(5))
     batches = Batches(source, torch.tensor([4, 2, 0]), batch_size=2)
