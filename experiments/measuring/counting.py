@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretoprune.experiments.data.examples import count_examples
 from paretoprune.surgery.program import as_call
 
 
@@ -37,22 +38,21 @@ def thop_macs(model: nn.Module, example_inputs: Any) -> int | None:
         example_inputs: A tensor, tuple of arguments or dict of keyword arguments; batch first.
 
     Returns:
-        The count, or None if the model does not run on the meta device.
+        The count, or None if thop fails on the model, as where it needs values.
     """
     from thop import profile
     from thop.vision.basic_hooks import zero_ops
 
     zero = (nn.BatchNorm2d, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.LayerNorm, nn.Softmax)
     args, kwargs = as_call(_to_meta(example_inputs))
-    batch = next(value.shape[0] for value in (*args, *kwargs.values()) if value is not None)
     clone = _Positional(_meta_clone(model), kwargs)
     try:
         counted, _ = profile(
             clone, inputs=args, custom_ops=dict.fromkeys(zero, zero_ops), verbose=False
         )
-    except (RuntimeError, NotImplementedError):  # an operator that needs values, not shapes
+    except Exception:  # an operator needs values and not shapes, or thop other inputs
         return None
-    return round(float(counted) / int(batch))
+    return round(float(counted) / count_examples(example_inputs))
 
 
 def _meta_clone(model: nn.Module) -> nn.Module:

@@ -261,6 +261,22 @@ def test_thop_agrees_and_leaves_the_model_alone(problem: Problem) -> None:
     assert not any(module._forward_hooks for module in problem.model.modules())
 
 
+@pytest.mark.parametrize(
+    "inputs", [{"flag": True, "x": torch.zeros(2, 3)}, (True, torch.zeros(2, 3))]
+)
+def test_thop_counts_per_example_also_where_a_flag_comes_first(inputs: Any) -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 5)
+
+        def forward(self, flag: bool, x: torch.Tensor) -> torch.Tensor:
+            outputs: torch.Tensor = self.linear(x)
+            return outputs if flag else -outputs
+
+    assert thop_macs(Flagged(), inputs) == 15
+
+
 def test_thop_says_when_it_cannot_count() -> None:
     class Reads(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
