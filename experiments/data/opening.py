@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
@@ -32,11 +33,17 @@ from paretoprune.experiments.data.datasets import (
     image_folder,
 )
 from paretoprune.experiments.data.seeding import seeded
-from paretoprune.experiments.data.sources import DatasetSource, ExampleArray, Source, float32
+from paretoprune.experiments.data.sources import (
+    DatasetSource,
+    ExampleArray,
+    Source,
+    checked,
+    float32,
+)
 from paretoprune.experiments.data.splits import Batches, sizes_for
 from paretoprune.experiments.references import call_reference
+from paretoprune.search.evaluation import one_line
 from paretoprune.search.problem import Batch
-from paretoprune.surgery.inputs import has_rows
 
 _FOLDERS: Mapping[str, Callable[[Path, Split], Source]] = MappingProxyType(
     {"cifar10": cifar10, "imagefolder": image_folder}
@@ -127,7 +134,7 @@ def _from_function(reference: str, seed: int) -> Data:
 def _given_source(given: Any, reference: str) -> tuple[Source, bool]:
     """Returns a training set as a source, and whether that has all of its examples."""
     if isinstance(given, (list, tuple)):  # in memory already, so that all of it is taken
-        return _joined([_checked(batch, reference) for batch in given], reference), True
+        return _joined([checked(batch, reference) for batch in given], reference), True
     dataset = _dataset_of(given) if isinstance(given, DataLoader) else given
     if dataset is None:
         return _read(given, reference)
@@ -138,8 +145,9 @@ def _given_source(given: Any, reference: str) -> tuple[Source, bool]:
         )
     if not len(dataset):
         raise _without_examples(reference)
-    _checked(default_collate([dataset[0]]), reference)
-    return DatasetSource(dataset), True
+    source = DatasetSource(dataset, name=reference)
+    source.read(torch.tensor([0]))
+    return source, True
 
 
 def _dataset_of(loader: DataLoader[Any]) -> Any:
@@ -186,7 +194,7 @@ def _read(loader: DataLoader[Any], reference: str) -> tuple[Source, bool]:
                 stacklevel=2,
             )
             return _joined(batches, reference), False
-        batches.append(_checked(batch, reference))
+        batches.append(checked(batch, reference))
         if len(batches) == 1:
             sizes = sizes_for(ExampleArray.of(batches))
             wanted = sizes.validation + sizes.recalibration
@@ -198,25 +206,21 @@ def _read(loader: DataLoader[Any], reference: str) -> tuple[Source, bool]:
 def _joined(batches: list[Batch], reference: str) -> ExampleArray:
     if not sum(len(targets) for _, targets in batches):
         raise _without_examples(reference)
-    return ExampleArray.of(batches)
+    try:
+        return ExampleArray.of(batches)
+    except (RuntimeError, TypeError, ValueError) as error:  # sizes or structures differ
+        raise ValueError(
+            f"the batches of a training set have inputs of one form and size, but those of "
+            f"{reference} cannot be joined ({one_line(error)}); pad all of them to the same size."
+        ) from error
 
 
 def _without_examples(reference: str) -> ValueError:
     return ValueError(f"{reference} returned a training set without examples.")
 
 
-def _checked(batch: Any, reference: str) -> Batch:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not has_rows(batch[1]):
-        raise ValueError(
-            f"a batch is (inputs, targets) with a tensor of targets, but a batch of {reference} "
-            f"is a {type(batch).__name__}."
-        )
-    inputs, targets = batch
-    return inputs, targets
-
-
 def _given_batches(given: Any, reference: str) -> Iterable[Batch]:
     """Returns a given test set as batches."""
     if isinstance(given, (DataLoader, list, tuple)):
-        return [float32(_checked(batch, reference)) for batch in given]
-    return Batches.of(DatasetSource(given))
+        return [float32(checked(batch, reference)) for batch in given]
+    return Batches.of(DatasetSource(given, name=reference))

@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
 
 from paretoprune.experiments.data.seeding import seeded
+from paretoprune.search.evaluation import one_line
 from paretoprune.search.problem import Batch
+from paretoprune.surgery.inputs import has_rows, join_rows
 
 
 class Source(Protocol):
@@ -114,10 +116,12 @@ class DatasetSource:
         plain: The dataset.
         augmented: The same examples in the same order with the training augmentation, drawn
             from torch's global generator; None takes `plain`, which may augment by itself.
+        name: What errors call it.
     """
 
     plain: Dataset[Any]
     augmented: Dataset[Any] | None = None
+    name: str = "the dataset"
 
     def labels(self) -> Tensor | None:
         """Returns the dataset's `targets` (or `labels`) where it lists one class per example.
@@ -133,6 +137,9 @@ class DatasetSource:
         """Returns the examples as torch's default collation stacks them.
 
         A `plain` dataset that augments by itself gives the same again where it is read plain.
+
+        Raises:
+            ValueError: If they cannot be stacked, or are no pairs of input and target.
         """
         if augmentation is None:
             dataset, seed = self.plain, int(indices.sum())
@@ -140,7 +147,15 @@ class DatasetSource:
             dataset = self.plain if self.augmented is None else self.augmented
             seed = int(torch.randint(2**31, (), generator=augmentation))
         with seeded(seed):  # transforms draw from the global generators
-            return _batch([dataset[int(index)] for index in indices])
+            examples = [dataset[int(index)] for index in indices]
+        try:
+            batch = default_collate(examples)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"the examples of a batch are tensors or numbers of one size, but those of "
+                f"{self.name} cannot be stacked ({one_line(error)}); give its dataset a transform."
+            ) from error
+        return checked(batch, self.name)
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,8 @@ class ExampleArray:
     """Examples in memory, as ready batches brought them.
 
     Attributes:
-        inputs: A tensor, tuple or dict of tensors, shape (n, ...).
+        inputs: A tensor, tuple or dict of tensors, shape (n, ...); what has no dim for the
+            examples, such as a flag, is that of the first batch.
         targets: Shape (n, ...).
     """
 
@@ -158,8 +174,8 @@ class ExampleArray:
     @staticmethod
     def of(batches: Sequence[Batch]) -> ExampleArray:
         """Returns the examples of `batches` in one piece."""
-        joined = tree_map(lambda *parts: torch.cat(parts), *(inputs for inputs, _ in batches))
-        return ExampleArray(joined, torch.cat([targets for _, targets in batches]))
+        inputs, targets = join_rows(*batches)
+        return ExampleArray(inputs, targets)
 
     def labels(self) -> Tensor | None:
         """Returns the targets where they are one integer per example."""
@@ -216,14 +232,30 @@ def _classes(targets: Tensor, size: int) -> Tensor | None:
     return targets.long()
 
 
-def _batch(examples: list[Any]) -> Batch:
-    inputs, targets = default_collate(examples)
-    return inputs, torch.as_tensor(targets)
+def checked(batch: Any, name: str) -> Batch:
+    """Returns a batch that was verified to be (inputs, targets).
+
+    Args:
+        batch: As a dataset or loader gave it.
+        name: Of the data, for the error.
+
+    Raises:
+        ValueError: If it has another form.
+    """
+    parts = batch if isinstance(batch, (tuple, list)) else ()
+    if len(parts) != 2 or not has_rows(parts[1]):
+        of = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
+        raise ValueError(
+            f"a batch is (inputs, targets) with a tensor of targets, one per example, but a batch "
+            f"of {name} is a {type(batch).__name__}{of}."
+        )
+    inputs, targets = parts
+    return inputs, targets
 
 
 def picked(inputs: Any, indices: Tensor) -> Any:
     """Returns the examples at `indices` of batched inputs: a tensor, tuple, list or dict."""
-    return tree_map_only(Tensor, lambda tensor: tensor[indices], inputs)
+    return tree_map(lambda leaf: leaf[indices] if has_rows(leaf) else leaf, inputs)
 
 
 def float32(value: Any) -> Any:

@@ -20,6 +20,7 @@ import random
 
 import numpy
 import torch
+from PIL import Image
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -129,6 +130,26 @@ def stream():
 
 def tensors():
     return [torch.zeros(2), torch.zeros(2)], None
+
+class Images(Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return Image.new("L", (8, 8)), 1
+
+def untransformed():
+    return Images(), None
+
+def triples():
+    return TensorDataset(*[torch.arange(40)] * 3), None
+
+def padded():
+    return [(torch.zeros(2, length), torch.arange(2)) for length in (4, 5)] * 4, None
+
+def forms():
+    batches = [torch.zeros(8, 1), (torch.zeros(8, 1), torch.zeros(8, 1))]
+    return [(inputs, torch.arange(8)) for inputs in batches], None
 """
 
 
@@ -291,6 +312,10 @@ def test_ready_batches_are_taken_all() -> None:
         ("one", r"returns \(train, test\), but user_data:one returned a TensorDataset"),
         ("stream", "map-style Dataset, a DataLoader or a list .* returned a Stream"),
         ("tensors", r"a batch is \(inputs, targets\)"),
+        ("untransformed", r"of user_data:untransformed cannot be stacked .* a transform"),
+        ("triples", r"of user_data:triples is a list of Tensor, Tensor, Tensor"),
+        ("padded", r"of user_data:padded cannot be joined .* the same size"),
+        ("forms", r"of user_data:forms cannot be joined"),
         ("nothing", "no function 'nothing'"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
@@ -158,6 +159,22 @@ def test_ready_batches_are_joined() -> None:
     assert second["mask"].tolist() == [1.0, 0.0]
     assert targets.tolist() == [2, 0]
     assert len(source) == 3
+
+
+def test_what_has_no_rows_belongs_to_every_example() -> None:
+    inputs = {"x": torch.arange(2.0), "flag": True, "scale": torch.tensor(3.0)}
+    source = ExampleArray.of([(inputs, torch.tensor([0, 1]))] * 2)
+    read, targets = source.read(torch.tensor([3]))
+    assert (read["x"].tolist(), read["flag"], read["scale"].item()) == ([1.0], True, 3.0)
+    assert targets.tolist() == [1]
+
+
+def test_examples_of_different_sizes_are_no_batch() -> None:
+    ragged: Any = [(torch.zeros(2 + index % 2), 0) for index in range(4)]
+    source = DatasetSource(ragged, name="ragged")
+    assert source.read(torch.tensor([0, 2]))[0].shape == (2, 2)
+    with pytest.raises(ValueError, match=r"of ragged cannot be stacked \(RuntimeError: stack"):
+        source.read(torch.tensor([0, 1]))
 
 
 def test_regression_targets_are_no_classes() -> None:
