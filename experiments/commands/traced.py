@@ -5,6 +5,7 @@ from __future__ import annotations
 from paretoprune.experiments.commands.progress import long_step, progress_console
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.search import Problem
+from paretoprune.search.checks import check_problem
 from paretoprune.surgery import PruningGraph, trace
 
 
@@ -22,11 +23,12 @@ def traced_problem(
 
     Raises:
         UnsupportedModel: If the network cannot be traced.
-        ValueError: If an argument cannot be meant.
+        ValueError: If an argument cannot be meant, or the data does not fit the network.
     """
     console = progress_console()
     with long_step(console, f"Preparing {model}", quiet=quiet) as progress:
         problem = build_problem(model, data=data, weights=weights, seed=seed, progress=progress)
+        check_problem(problem)
     with long_step(console, f"Tracing {model}", quiet=quiet):
         graph = trace(problem.model, problem.example_inputs)
     return problem, graph

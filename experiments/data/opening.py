@@ -127,6 +127,7 @@ def _from_function(reference: str, seed: int) -> Data:
             )
         train, test = returned
         source, whole = _given_source(train, reference)
+        _check_labels(source, reference)
     batches = None if test is None else partial(_given_batches, test, reference)
     return Data(reference, source, batches, whole)
 
@@ -148,6 +149,12 @@ def _given_source(given: Any, reference: str) -> tuple[Source, bool]:
     source = DatasetSource(dataset, name=reference)
     source.read(torch.tensor([0]))
     return source, True
+
+
+def _check_labels(source: Source, reference: str) -> None:
+    labels = source.labels()
+    if labels is not None and (least := int(labels.min())) < 0:
+        raise ValueError(f"classes count from 0, but {reference} has the label {least}.")
 
 
 def _dataset_of(loader: DataLoader[Any]) -> Any:

@@ -48,6 +48,16 @@ def unnormed():
 def large():
     batches = [(torch.zeros(50, 3, 32, 32), torch.arange(50) % 10) for _ in range(8)]
     return batches, batches
+
+class FromOne(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 8, 8), index % 10 + 1
+
+def from_one():
+    return FromOne(), None
 """
 
 
@@ -103,6 +113,10 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
     "data of another shape": (
         [*SEARCH, "--flops", "50%", "--data", "somebodys_own:large"],
         "to have 1 channels",
+    ),
+    "classes that the network does not have": (
+        ["bottlenecks", *DIGITS, "--flops", "50%", "--data", "somebodys_own:from_one"],
+        "Target 10 is out of bounds",
     ),
     "a recipe without its data": (["search", "resnet56-cifar10", "--flops", "50%"], "--data"),
     "a target without unit": ([*SEARCH, "--flops", "0.5"], "write 0.5%"),

@@ -147,6 +147,9 @@ def triples():
 def padded():
     return [(torch.zeros(2, length), torch.arange(2)) for length in (4, 5)] * 4, None
 
+def signed():
+    return TensorDataset(torch.zeros(40, 1), torch.arange(40) % 2 * 2 - 1), None
+
 def forms():
     batches = [torch.zeros(8, 1), (torch.zeros(8, 1), torch.zeros(8, 1))]
     return [(inputs, torch.arange(8)) for inputs in batches], None
@@ -315,6 +318,7 @@ def test_ready_batches_are_taken_all() -> None:
         ("untransformed", r"of user_data:untransformed cannot be stacked .* a transform"),
         ("triples", r"of user_data:triples is a list of Tensor, Tensor, Tensor"),
         ("padded", r"of user_data:padded cannot be joined .* the same size"),
+        ("signed", r"classes count from 0, but user_data:signed has the label -1"),
         ("forms", r"of user_data:forms cannot be joined"),
         ("nothing", "no function 'nothing'"),
     ],
