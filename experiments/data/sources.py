@@ -20,6 +20,9 @@ from paretoprune.search.evaluation import one_line
 from paretoprune.search.problem import Batch
 from paretoprune.surgery.inputs import has_rows, join_rows
 
+_COMPARED = 4
+"""Examples that are read to see whether a dataset gives the classes that it lists."""
+
 
 class Source(Protocol):
     """Labelled examples in a fixed order."""
@@ -126,6 +129,7 @@ class DatasetSource:
     def labels(self) -> Tensor | None:
         """Returns the dataset's `targets` (or `labels`) where it lists one class per example.
 
+        They must be those that examples come with, which a `target_transform` may have changed.
         Torch's own TensorDataset, Subset and ConcatDataset list none, but what they hold tells.
         """
         return _labels(self.plain)
@@ -220,10 +224,22 @@ def _listed(dataset: Any) -> Tensor | None:
     """Returns the classes that a dataset lists itself, one per example."""
     for name in ("targets", "labels"):
         try:
-            return _classes(torch.as_tensor(getattr(dataset, name)), len(dataset))
+            listed = _classes(torch.as_tensor(getattr(dataset, name)), len(dataset))
+            return listed if listed is not None and _are_given(listed, dataset) else None
         except (AttributeError, TypeError, ValueError, RuntimeError):
             continue  # not there, or not numbers: examples are then drawn without balance
     return None
+
+
+def _are_given(listed: Tensor, dataset: Any) -> bool:
+    """Tells whether examples come with the classes that their dataset lists.
+
+    A `target_transform` may change them. It is told on a few examples, spread over the classes.
+    """
+    by_class = listed.argsort(stable=True)
+    spread = torch.linspace(0, len(listed) - 1, min(_COMPARED, len(listed))).long()
+    with seeded(0):  # examples may draw from the global generators
+        return all(bool(dataset[at][1] == listed[at]) for at in by_class[spread].tolist())
 
 
 def _classes(targets: Tensor, size: int) -> Tensor | None:

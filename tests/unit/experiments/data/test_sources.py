@@ -97,7 +97,8 @@ def test_a_dataset_lists_its_classes_or_has_none() -> None:
         labels = DatasetSource(Pairs(listed)).labels()
         assert labels is not None
         assert labels.tolist() == [0, 1, 0, 1]
-    for useless in (None, ["a", "b", "a", "b"], [0.5, 1.0, 0.5, 1.0], [0, 1], object()):
+    others = [0, 1, 2, 3]  # as where a target_transform joins classes
+    for useless in (None, ["a", "b", "a", "b"], [0.5, 1.0, 0.5, 1.0], [0, 1], object(), others):
         assert DatasetSource(Pairs(useless)).labels() is None
 
 
