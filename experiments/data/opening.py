@@ -61,7 +61,7 @@ class Data:
         name: The reference that was opened.
         train: The training set.
         test: Called once, for the final report, returns the test batches; None where there is
-            no test set. Nothing of it is read before.
+            no test set. Nothing of it is read before, beyond the form of an example.
         whole: Whether `train` has all training examples; a part can be searched with, but its
             classes need not be all, and nothing is trained on it.
     """
@@ -128,6 +128,7 @@ def _from_function(reference: str, seed: int) -> Data:
         train, test = returned
         source, whole = _given_source(train, reference)
         _check_labels(source, reference)
+        _check_test(test, reference)
     batches = None if test is None else partial(_given_batches, test, reference)
     return Data(reference, source, batches, whole)
 
@@ -145,7 +146,7 @@ def _given_source(given: Any, reference: str) -> tuple[Source, bool]:
             f"targets) batches, but {reference} returned a {type(given).__name__}."
         )
     if not len(dataset):
-        raise _without_examples(reference)
+        raise _without_examples("training", reference)
     source = DatasetSource(dataset, name=reference)
     source.read(torch.tensor([0]))
     return source, True
@@ -155,6 +156,32 @@ def _check_labels(source: Source, reference: str) -> None:
     labels = source.labels()
     if labels is not None and (least := int(labels.min())) < 0:
         raise ValueError(f"classes count from 0, but {reference} has the label {least}.")
+
+
+def _check_test(given: Any, reference: str) -> None:
+    """Verifies the form of a test set, before long work, as far as one example tells.
+
+    A loader with batches of its own is left alone: a stream may not give them twice.
+    """
+    dataset = _dataset_of(given) if isinstance(given, DataLoader) else given
+    if dataset is None:
+        return
+    if not _is_map_style(dataset):
+        raise ValueError(
+            f"a test set is None, a map-style Dataset, a DataLoader or a list of (inputs, "
+            f"targets) batches, but {reference} returned a {type(given).__name__}."
+        )
+    if not len(dataset):
+        raise _without_examples("test", reference)
+    name = _test_name(reference)
+    if isinstance(given, (list, tuple)):
+        checked(given[0], name)
+    else:
+        DatasetSource(dataset, name=name).read(torch.tensor([0]))
+
+
+def _test_name(reference: str) -> str:
+    return f"the test set of {reference}"
 
 
 def _dataset_of(loader: DataLoader[Any]) -> Any:
@@ -212,7 +239,7 @@ def _read(loader: DataLoader[Any], reference: str) -> tuple[Source, bool]:
 
 def _joined(batches: list[Batch], reference: str) -> ExampleArray:
     if not sum(len(targets) for _, targets in batches):
-        raise _without_examples(reference)
+        raise _without_examples("training", reference)
     try:
         return ExampleArray.of(batches)
     except (RuntimeError, TypeError, ValueError) as error:  # sizes or structures differ
@@ -222,12 +249,13 @@ def _joined(batches: list[Batch], reference: str) -> ExampleArray:
         ) from error
 
 
-def _without_examples(reference: str) -> ValueError:
-    return ValueError(f"{reference} returned a training set without examples.")
+def _without_examples(kind: str, reference: str) -> ValueError:
+    return ValueError(f"{reference} returned a {kind} set without examples.")
 
 
 def _given_batches(given: Any, reference: str) -> Iterable[Batch]:
     """Returns a given test set as batches."""
+    name = _test_name(reference)
     if isinstance(given, (DataLoader, list, tuple)):
-        return [float32(checked(batch, reference)) for batch in given]
-    return Batches.of(DatasetSource(given, name=reference))
+        return [float32(checked(batch, name)) for batch in given]
+    return Batches.of(DatasetSource(given, name=name))

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from paretoprune.experiments.exporting.card import CardFacts, Measured, model_ca
 from paretoprune.experiments.exporting.formats import ExportFailed, Written, write_format
 from paretoprune.experiments.measuring.counting import thop_macs
 from paretoprune.experiments.measuring.reports import REPORTS, Report, check_reports
+from paretoprune.experiments.references import first_line
 from paretoprune.experiments.runs import library_versions
 from paretoprune.search import Batch, Completed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
@@ -304,20 +305,36 @@ def _test(
     """Returns the metrics of both networks on the test split, which only a report opens, too.
 
     With `examples`, their number.
+
+    Raises:
+        ValueError: If the split cannot be read twice, or the networks do not take its batches.
     """
     if problem.test is None:
         return None, None
-    batches, counts = problem.test(), []
+    counts: list[int] = []
 
-    def counted() -> Iterator[Batch]:
+    def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
         for inputs, targets in batches:
             counts.append(len(targets))
             yield inputs, targets
 
-    before = evaluate(dense, batches, problem.loss)
-    after = evaluate(small, counted(), problem.loss)
+    try:
+        batches = problem.test()
+        _check_read_twice(batches)
+        before = evaluate(dense, batches, problem.loss)
+        after = evaluate(small, counted(batches), problem.loss)
+    except Exception as error:  # the search never read it, so that anything may be wrong with it
+        raise ValueError(f"the test split cannot be measured: {first_line(error)}") from error
     examples = {"examples": sum(counts)}
     return before | examples, after | examples
+
+
+def _check_read_twice(batches: Iterable[Batch]) -> None:
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            "it is read twice, but an iterator or generator ends after the first time; return a "
+            "list or a data loader."
+        )
 
 
 def _file_bytes(network: nn.Module, problem: Problem) -> int:

@@ -128,6 +128,28 @@ class Stream(IterableDataset):
 def stream():
     return Stream(), None
 
+def test_of_dict_batches():
+    return pairs(40), [{"image": torch.zeros(2, 1)}]
+
+def test_of_own_dicts():
+    examples = [{"image": 1.0, "label": 2}] * 4
+    return pairs(40), DataLoader(examples, collate_fn=collate)
+
+def test_of_triples():
+    return pairs(40), TensorDataset(*[torch.arange(8)] * 3)
+
+def test_of_images():
+    return pairs(40), DataLoader(Images())
+
+def test_of_nothing():
+    return pairs(40), pairs(0)
+
+def test_of_a_stream():
+    return pairs(40), Stream()
+
+def test_of_a_generator():
+    return pairs(40), (batch for batch in [(torch.zeros(2, 1), torch.arange(2))])
+
 def tensors():
     return [torch.zeros(2), torch.zeros(2)], None
 
@@ -278,10 +300,27 @@ def test_a_function_that_draws_by_numpy_or_python_is_read_by_seed() -> None:
     assert after == (np.random.rand(), random.random())  # the generators were put back
 
 
-def test_a_test_set_of_something_else_is_refused() -> None:
-    test = load_data("user_data:test_of_dicts").test
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("test_of_dicts", "a batch of the test set of user_data:test_of_dicts is a dict"),
+        ("test_of_dict_batches", "the test set of user_data:test_of_dict_batches is a dict"),
+        ("test_of_triples", "is a list of Tensor, Tensor, Tensor"),
+        ("test_of_images", "the test set of user_data:test_of_images cannot be stacked"),
+        ("test_of_nothing", "user_data:test_of_nothing returned a test set without examples"),
+        ("test_of_a_stream", "a test set is None, .* returned a Stream"),
+        ("test_of_a_generator", "a test set is None, .* returned a generator"),
+    ],
+)
+def test_a_test_set_of_something_else_is_refused_at_once(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_data(f"user_data:{name}")
+
+
+def test_a_test_loader_with_batches_of_its_own_is_checked_as_it_is_read() -> None:
+    test = load_data("user_data:test_of_own_dicts").test
     assert test is not None
-    with pytest.raises(ValueError, match=r"a batch of user_data:test_of_dicts is a dict"):
+    with pytest.raises(ValueError, match="the test set of user_data:test_of_own_dicts is a dict"):
         test()
 
 

@@ -176,6 +176,23 @@ def test_a_network_of_unknown_origin_needs_its_function(
     load(tmp_path / "small", digits_resnet)
 
 
+@pytest.mark.parametrize(
+    ("targets", "read", "message"),
+    [
+        (torch.full((4,), 10), list, "cannot be measured: Target 10 is out of bounds"),
+        (torch.zeros(4).long(), iter, "cannot be measured: it is read twice, but an iterator"),
+        (None, list, "cannot be measured: "),
+    ],
+)
+def test_a_test_split_that_cannot_be_measured_is_named(
+    problem: Problem, record: Record, tmp_path: Path, targets: Any, read: Any, message: str
+) -> None:
+    odd = replace(problem, test=lambda: read([(torch.zeros(4, 1, 8, 8), targets)]))
+    with pytest.raises(ValueError, match=f"the test split {message}"):
+        export(odd, record, tmp_path / "small")
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_existing_folder_is_left_alone(
     problem: Problem, record: Record, tmp_path: Path
 ) -> None:
