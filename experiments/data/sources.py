@@ -226,7 +226,7 @@ def _listed(dataset: Any) -> Tensor | None:
         try:
             listed = _classes(torch.as_tensor(getattr(dataset, name)), len(dataset))
             return listed if listed is not None and _are_given(listed, dataset) else None
-        except (AttributeError, TypeError, ValueError, RuntimeError):
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
             continue  # not there, or not numbers: examples are then drawn without balance
     return None
 
