@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from paretoprune.criteria import CRITERIA, Bounds, CostClass
+from paretoprune.criteria import CRITERIA, Bounds, CostClass, largest_macs, smallest_macs
 from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
 from paretoprune.experiments.commands.traced import traced_problem
-from paretoprune.experiments.comparison import RECOVERIES, Comparison, Shot
+from paretoprune.experiments.comparison import RECOVERIES, Comparison, Ranking, Shot
 from paretoprune.experiments.runs import SALIENCY_DIR
 from paretoprune.experiments.showing.comparison_plot import comparison_png
 from paretoprune.experiments.tracking.mlflow_runs import log_comparison
 from paretoprune.experiments.tracking.store import store_of
 from paretoprune.experiments.units import format_percent, format_target, parse_flops
 from paretoprune.search import checks
+from paretoprune.search.evaluation import one_line
+from paretoprune.surgery import InfeasibleBudget, PruningGraph
 
 CHEAP = tuple(name for name, kind in CRITERIA.items() if kind.cost < CostClass.ABLATION)
 """What is compared unasked: all criteria without a forward pass per unit or a training."""
@@ -44,7 +47,7 @@ def compare(
 
     Raises:
         ValueError: If an argument cannot be meant.
-        InfeasibleBudget: If no plan meets a target.
+        InfeasibleBudget: If no plan meets a target, or no criterion has one within 1 % under any.
     """
     targets = [parse_flops(part) for part in flops.split(",")]
     names = CHEAP if criteria is None else tuple(n.strip() for n in criteria.split(","))
@@ -54,27 +57,70 @@ def compare(
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
     for target in targets:
         checks.check_reachable(graph, target, bounds)
+    if to is not None:
+        to.mkdir(parents=True, exist_ok=True)
     folder = to or runs_dir / "comparisons" / problem.name.replace(":", "-").replace("/", "-")
-    folder.mkdir(parents=True, exist_ok=True)
     with long_step(progress_console(), "Measuring saliencies", quiet=quiet) as progress:
         comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress, bounds)
     with long_step(progress_console(), "Comparing", quiet=quiet) as progress:
-        rankings = ("units", "units and blocks") if blocks and graph.blocks else ("units",)
-        shots = list(comparison.shots(targets, rankings=rankings, progress=progress))  # type: ignore[arg-type]
+        both = blocks and bool(graph.blocks)
+        rankings: tuple[Ranking, ...] = ("units", "units and blocks") if both else ("units",)
+        shots = list(comparison.shots(targets, rankings=rankings, progress=progress))
+    if not shots:
+        raise _without_plans(graph, targets, bounds, blocks=both)
+    folder.mkdir(parents=True, exist_ok=True)
     file = write_csv(shots, folder / "criteria.csv")
     figure = comparison_png(shots, f"{problem.name}: criteria one-shot, search split")
-    figure.savefig(folder / "criteria.png")
+    picture = folder / "criteria.png"
+    figure.savefig(picture)
     out = results_console()
     out.print(
         f"{problem.name}: {'accuracy' if shots[0].accuracy is not None else 'loss'} on the search "
         "split by MACs left (the papers' FLOPs); plain / recalibrated / reconstructed"
     )
     out.print(table(shots, targets))
-    out.print(f"written: {file} and {folder / 'criteria.png'}", soft_wrap=True)
+    if missing := _left_out(shots, chosen, rankings, targets):
+        out.print(f"left out, with no plan within 1 % under the target: {', '.join(missing)}")
+    out.print(f"written: {file} and {picture}", soft_wrap=True)
     try:
-        log_comparison(store_of(runs_dir), problem.name, flops, shots, folder)
+        log_comparison(store_of(runs_dir), problem.name, flops, shots, (file, picture))
     except Exception as error:  # what was measured is on disk, and MLflow is only a view of it
-        print(f"MLflow was not written: {error}", file=sys.stderr)
+        print(f"MLflow was not written: {one_line(error)[:200]}", file=sys.stderr)
+
+
+def _without_plans(
+    graph: PruningGraph, targets: Sequence[float | int], bounds: Bounds, *, blocks: bool
+) -> InfeasibleBudget:
+    """Returns the error that no criterion has a plan, with what lies within reach."""
+    dense = graph.cost().macs
+    smallest = smallest_macs(graph, bounds.blocks(graph) if blocks else (), bounds)
+    largest = largest_macs(graph, (), bounds)
+    asked = ", ".join(format_target(target) for target in targets)
+    return InfeasibleBudget(
+        f"no criterion has a plan within 1 % under {asked}: plans of "
+        f"{'units and blocks' if blocks else 'units alone'} have {smallest:,} to {largest:,} MACs "
+        f"({smallest / dense:.2%} to {largest / dense:.2%} of the dense network), in steps of "
+        f"whole units; try another target or other bounds."
+    )
+
+
+def _left_out(
+    shots: Sequence[Shot],
+    criteria: Iterable[str],
+    rankings: Sequence[Ranking],
+    targets: Sequence[float | int],
+) -> list[str]:
+    """Returns what was not measured, such as `l2 at 50%`."""
+    measured = {(shot.criterion, shot.ranking, shot.target) for shot in shots}
+    return [
+        f"{_named(criterion, ranking)} at {format_target(target)}"
+        for criterion, ranking, target in product(criteria, rankings, targets)
+        if (criterion, ranking, target) not in measured
+    ]
+
+
+def _named(criterion: str, ranking: Ranking) -> str:
+    return criterion if ranking == "units" else f"{criterion}, with blocks"
 
 
 def write_csv(shots: Sequence[Shot], file: Path) -> Path:
@@ -107,8 +153,7 @@ def table(shots: Sequence[Shot], targets: Sequence[float | int]) -> Table:
             }
             values = [_cell(own[recovery]) for recovery in RECOVERIES if recovery in own]
             cells.append(" / ".join(values) or "no plan")
-        name = criterion if ranking == "units" else f"{criterion}, with blocks"
-        shown.add_row(name, *cells)
+        shown.add_row(_named(criterion, ranking), *cells)
     return shown
 
 

@@ -252,7 +252,7 @@ class SearchRuns:
 
 
 def log_comparison(
-    store: Store, problem: str, flops: str, shots: Sequence[Shot], folder: Path
+    store: Store, problem: str, flops: str, shots: Sequence[Shot], files: Iterable[Path]
 ) -> None:
     """Writes a comparison of criteria: a run with a metric per criterion, its CSV and plot.
 
@@ -261,7 +261,7 @@ def log_comparison(
         problem: Name of the experiment.
         flops: The targets as they were given.
         shots: What was measured.
-        folder: Holds the files.
+        files: CSV and plot.
     """
     from mlflow.entities import Metric, Param
 
@@ -283,7 +283,8 @@ def log_comparison(
     for start in range(0, len(metrics), 1000):  # MLflow's limit per call
         client.log_batch(run, metrics=metrics[start : start + 1000])
     client.log_batch(run, params=[Param("flops", flops)])
-    client.log_artifacts(run, str(folder))
+    for file in files:  # and not their folder, which may hold anything
+        client.log_artifact(run, str(file))
     client.set_terminated(run)
 
 

@@ -61,6 +61,10 @@ def test_compare_writes_a_row_per_shot_a_plot_and_an_mlflow_run(
         (("--flops", "50"), "a FLOPs target without suffix counts MACs"),
         (("--flops", "0.1%"), "cannot be reached"),
         (("--flops", "50%", "--criteria", "tailor"), "unknown criterion 'tailor'"),
+        (
+            ("--flops", "50%", "--criteria", "l2", "--multiple", "8"),
+            "no criterion has a plan within 1 % under 50%: plans of units alone have 242,160 to",
+        ),
     ],
 )
 def test_misuse_of_compare_is_said_in_a_sentence(
@@ -72,6 +76,30 @@ def test_misuse_of_compare_is_said_in_a_sentence(
 ) -> None:
     assert run("compare", untrained, tmp_path, *options) == 2
     assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "comparisons").exists()
+
+
+def test_a_target_without_a_plan_is_left_out_and_named(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--flops", "80%,50%", "--criteria", "l2", "--multiple", "8")
+    assert run("compare", untrained, tmp_path, *options) == 0
+    assert "no plan within 1 % under the target: l2 at 50%" in capsys.readouterr().out
+    rows = (tmp_path / "comparisons" / "digits" / "criteria.csv").read_text().splitlines()
+    assert {row["target"] for row in csv.DictReader(rows)} == {"0.8"}
+
+
+def test_a_comparison_puts_its_own_files_alone_into_mlflow(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("somebody's own")
+    options = ("--flops", "50%", "--criteria", "l2", "--to", str(tmp_path))  # holds the runs, too
+    assert run("compare", untrained, tmp_path, *options) == 0
+    assert "MLflow was not written" not in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "mlartifacts").rglob("*") if file.is_file()} == {
+        "criteria.csv",
+        "criteria.png",
+    }
 
 
 def test_shots_measure_the_network_of_their_plan(untrained: str, tmp_path: Path) -> None:
