@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
@@ -196,8 +196,10 @@ def recede(
         loss: (outputs, targets) -> scalar mean loss.
         settings: How to train.
         checkpoint: File that is written after every epoch; where it is there, for the same
-            network, settings and number of batches (where `batches` has a length), the training
-            goes on from it and ends as it would have without a break.
+            network, settings, loss and data, the training goes on from it and ends as it would
+            have without a break; that of another one is not taken, and a line says so. Data are
+            compared by their number of batches, where they have a length, and by their first batch
+            if they are a sequence or by how they show themselves if not.
         progress: Receives a line per epoch.
 
     Raises:
@@ -226,7 +228,8 @@ def recede(
     kept = None
     if checkpoint is not None:
         named = [repr(settings), length_hint(batches), fingerprint.of_setting(loss)]
-        kept = Checkpoint(checkpoint, json.dumps([fingerprint.of_model(model), *named]))
+        key = [fingerprint.of_model(model), *named, _data(batches)]
+        kept = Checkpoint(checkpoint, json.dumps(key))
     done = 0 if kept is None else kept.read({"state": network}, optimizer, progress)
     devices = range(torch.cuda.device_count())
     for epoch in range(settings.epochs):
@@ -244,6 +247,13 @@ def recede(
     for name, parameter in result.named_parameters():
         parameter.requires_grad_(learning[name])
     return result
+
+
+def _data(batches: Iterable[tuple[Any, Tensor]]) -> str:
+    """Returns what tells training data apart, without reading an epoch, which may be drawn."""
+    if isinstance(batches, Sequence) and batches:
+        return fingerprint.of_batches([batches[0]])
+    return fingerprint.of_setting(batches)
 
 
 def _large_enough(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import typer
 
+from paretoprune.criteria import fingerprint
 from paretoprune.criteria.receding import Receding, recede
 from paretoprune.experiments.commands.progress import long_step, progress_console
 from paretoprune.experiments.commands.stages import Stages
@@ -55,7 +56,13 @@ def recede_network(
     batches = next(part for part in parts if part is not None)
     checkpoint = to.with_suffix(".part")
     with long_step(progress_console(), "Receding", quiet=quiet) as progress:
-        told = _Told(batches, device_of(network), settings["epochs"], progress)
+        told = _Told(
+            batches,
+            device_of(network),
+            settings["epochs"],
+            progress,
+            fingerprint.of_batches(problem.calibration),  # of the same images, and read plain
+        )
         receded = recede(
             network,
             told,
@@ -74,17 +81,27 @@ def recede_network(
 
 
 class _Told:
-    """Training batches on a device that tell how far the training is."""
+    """Training batches on a device that tell how far the training is, and of which data it is."""
 
     def __init__(
-        self, batches: Iterable[Batch], device: torch.device, epochs: int, stages: Stages
+        self,
+        batches: Iterable[Batch],
+        device: torch.device,
+        epochs: int,
+        stages: Stages,
+        data: str,
     ) -> None:
         self._batches = Moved(batches, device)
         self._length = length_hint(batches)
         self._epochs = epochs
         self._stages = stages
+        self._data = data
         self._epoch = 0
         self._last = ""
+
+    def __repr__(self) -> str:
+        """Returns what tells the data apart; a checkpoint goes by it."""
+        return f"<batches of {self._data}>"
 
     def __length_hint__(self) -> int:
         return self._length

@@ -256,14 +256,14 @@ def test_a_broken_training_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(v, whole.state_dict()[n]) for n, v in resumed.state_dict().items())
 
 
-@pytest.mark.parametrize("broken", ["other settings", "half a file"])
+@pytest.mark.parametrize("broken", ["other settings", "other data", "half a file"])
 def test_a_checkpoint_that_is_not_ours_is_not_taken(tmp_path: Path, broken: str) -> None:
     model, file = network(), tmp_path / "recede.safetensors"
-    other = Receding(epochs=2, strength=0.5)
-    recede(model, data(), F.cross_entropy, other, checkpoint=file)
+    other = Receding(epochs=2, strength=0.5 if broken == "other settings" else 1e-4)
+    given = [(1 - x, y) for x, y in data()] if broken == "other data" else data()
+    recede(model, given, F.cross_entropy, other, checkpoint=file)
     if broken == "half a file":
         file.write_bytes(file.read_bytes()[:100])
-        other = Receding(epochs=2)
     fresh = recede(model, data(), F.cross_entropy, Receding(epochs=2))
     taken = recede(model, data(), F.cross_entropy, Receding(epochs=2), checkpoint=file)
     assert all(torch.equal(v, fresh.state_dict()[n]) for n, v in taken.state_dict().items())

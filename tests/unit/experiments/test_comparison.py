@@ -168,3 +168,37 @@ def test_a_broken_recede_goes_on_and_ends_the_same(untrained: str, tmp_path: Pat
     assert main(broken) == 0
     whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+OTHERS = """
+import torch
+from torch.utils.data import TensorDataset
+
+def first():
+    torch.manual_seed(1)
+    return TensorDataset(torch.rand(400, 1, 8, 8), torch.arange(400) % 10), None
+
+def second():
+    torch.manual_seed(2)
+    return TensorDataset(torch.rand(400, 1, 8, 8), torch.arange(400) % 10), None
+"""
+
+
+def test_a_broken_recede_goes_on_with_the_same_data_alone(
+    untrained: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "receded_on.py").write_text(OTHERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["recede", "digits", "--weights", untrained, "--epochs", "2", "--to"]
+    arguments += [str(tmp_path / "broken.safetensors"), "--data"]
+    with interrupted():
+        assert main([*arguments, "receded_on:first"]) == 130
+        assert main([*arguments, "receded_on:second"]) == 130
+    assert "other data or other settings" in capsys.readouterr().err
+    assert main([*arguments, "receded_on:second"]) == 0
+    shown = capsys.readouterr().err
+    assert "it is not taken" not in shown
+    assert "epoch 1/2, loss" not in shown
