@@ -105,7 +105,7 @@ class SearchOptions:
             address=self.address,
             gpus_per_trial=self.gpus_per_trial,
             trial_timeout=self.trial_timeout,
-            storage=None if self.storage is None else anchored(self.storage),
+            storage=None if self.storage is None else _database(self.storage),
         )
 
 
@@ -129,6 +129,22 @@ def _anchored(data: str | None) -> str | None:
     """Returns a data reference with its folder made absolute, so that any folder can resume."""
     kind, colon, path = (data or "").partition(":")
     return f"{kind}:{Path(path).resolve()}" if colon and Path(path).is_dir() else data
+
+
+def _database(url: str) -> str:
+    """Returns the URL of a database with the path of a SQLite file made absolute.
+
+    Raises:
+        ValueError: If it is SQLite in memory, or by a name that SQLite reads as a URI of its own.
+    """
+    scheme, _, path = url.partition("://")
+    file = path.removeprefix("/").partition("?")[0]
+    if scheme.split("+")[0] == "sqlite" and (not file or file.startswith((":memory:", "file:"))):
+        raise ValueError(
+            f"--storage keeps the trials in a file, so that no kill loses them, but got {url}; "
+            f"name one as in sqlite:///trials.db."
+        )
+    return anchored(url)
 
 
 def _absolute(weights: str | None) -> str | None:

@@ -225,6 +225,15 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         [*SEARCH, "--flops", "50%", "--storage", "files"],
         "the study in files cannot be used (",
     ),
+    "a database in memory": (
+        [*SEARCH, "--flops", "50%", "--storage", "sqlite:///:memory:"],
+        "in a file, so that no kill loses them, but got sqlite:///:memory:; name one as in",
+    ),
+    "a database without a name": ([*SEARCH, "--flops", "50%", "--storage", "sqlite://"], "a file"),
+    "a database by a URI of SQLite": (
+        [*SEARCH, "--flops", "50%", "--storage", "sqlite:///file:x?mode=memory&uri=true"],
+        "keeps the trials in a file",
+    ),
     "a network that cannot be traced": (
         ["search", "somebodys_own:stubborn", "--flops", "50%", "--data", "digits", "--quiet"],
         "",
