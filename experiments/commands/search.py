@@ -30,6 +30,7 @@ from paretoprune.experiments.units import format_count
 from paretoprune.search import (
     Finetuning,
     Problem,
+    RunLocked,
     SearchInterrupted,
     StoreFailed,
     checks,
@@ -72,8 +73,9 @@ def search(
         if spec.weights is None:
             write_weights(problem.model, folder / DENSE_FILE)
         _search(problem, spec, folder, quiet, as_json)
-    except BaseException:
-        if not _has_begun(folder, spec):  # leave nothing half-made
+    except BaseException as error:  # leave nothing half-made
+        others = isinstance(error, RunLocked)  # a database that another search took meanwhile
+        if others or not _has_begun(folder, spec):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,36 @@ def test_a_database_holds_one_search(
     assert main(["resume", "first", "--runs-dir", str(tmp_path), "--quiet", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["front"]) >= 1
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+TAKEN = """
+import shutil
+from pathlib import Path
+import torch
+from paretoprune.search.journal import lock
+
+held = Path("late.db.lock").open("ab")
+
+def data():
+    shutil.copy("early.db", "late.db")  # another search begins while this one prepares
+    lock(held, Path("late.db"))
+    return [(torch.rand(400, 1, 8, 8), torch.arange(400) % 10)], None
+"""
+
+
+def test_a_search_whose_database_was_taken_leaves_no_run(
+    untrained: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "taken_meanwhile.py").write_text(TAKEN)
+    options = ("--flops", "60%", "--trials", "1", "--data", "digits")
+    assert search(untrained, tmp_path, "early", *options, "--storage", "sqlite:///early.db") == 0
+    options = (*options[:-1], "taken_meanwhile:data")
+    assert search(untrained, tmp_path, "late", *options, "--storage", "sqlite:///late.db") == 2
+    sys.modules["taken_meanwhile"].held.close()
+    assert "another search is running" in capsys.readouterr().err
+    assert not (tmp_path / "late").exists()
