@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from paretoprune.experiments.data.datasets import IMAGENET, Preparation
 from paretoprune.search.evaluation import one_line
+from paretoprune.search.weights import EXTRA_STATE
 
 LIBRARIES = ("torchvision", "timm")
 """Prefixes of MODEL references that name a library and not a package."""
@@ -274,7 +275,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = _read_tensors(file)
     wanted = model.state_dict()
     # Counters of batches change nothing in inference, and converted weights often lack them.
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    spared = ("num_batches_tracked", EXTRA_STATE)
+    missing = [k for k in wanted if k not in state and not k.endswith(spared)]
     unexpected = [key for key in state if key not in wanted]
     shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
     if missing or unexpected:

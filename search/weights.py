@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from paretoprune.criteria.drafts import drafted
 from paretoprune.search.ledger import key_of
@@ -19,6 +19,8 @@ RECOVERED = "recovered"
 """Weights of a candidate of the strategy `everything`."""
 FINETUNED = "finetuned"
 """Weights after the fine-tuning of the best of a front."""
+EXTRA_STATE = "_extra_state"
+"""How torch ends the name of what `get_extra_state` of a module returns, often no tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Weights:
             kind: As they were written.
 
         Raises:
-            ValueError: If they are not there.
+            ValueError: If they are not there, or are those of another network.
         """
         file = self.file(plan, kind)
         if not file.exists():
@@ -66,15 +68,25 @@ class Weights:
                 f"the run's folder under the same path."
             )
         network = prune(model, graph, plan)
-        network.load_state_dict(load_file(file))
+        odd = network.load_state_dict(load_file(file), strict=False)
+        lacking = [name for name in odd.missing_keys if not name.endswith(EXTRA_STATE)]
+        if names := [*lacking, *odd.unexpected_keys]:
+            raise ValueError(
+                f"{file} does not fit {type(network).__name__}: tensor {names[0]!r} is in one of "
+                f"them only."
+            )
         return network.eval()
 
 
 def write_weights(network: nn.Module, file: Path) -> None:
-    """Writes the weights of a network into a file, whole or not at all."""
+    """Writes the weights of a network into a file, whole or not at all.
+
+    What a module keeps beside its tensors is built with the network and not written.
+    """
     state = {
         name: value.detach().cpu().contiguous().clone()
         for name, value in network.state_dict().items()
+        if isinstance(value, Tensor)
     }
     with drafted(file) as draft:
         save_file(state, draft)
