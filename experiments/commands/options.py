@@ -126,9 +126,14 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _anchored(data: str | None) -> str | None:
-    """Returns a data reference with its folder made absolute, so that any folder can resume."""
-    kind, colon, path = (data or "").partition(":")
-    return f"{kind}:{Path(path).resolve()}" if colon and Path(path).is_dir() else data
+    """Returns a data reference with its folder made absolute, so that any folder can resume.
+
+    Those of functions have none, even where a folder is named like one.
+    """
+    kind, _, path = (data or "").partition(":")
+    if kind not in ("cifar10", "imagefolder") or not path:
+        return data
+    return f"{kind}:{Path(path).expanduser().resolve()}"
 
 
 def _database(url: str) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments.__main__ import main
+from paretoprune.experiments.commands.options import SearchOptions
 from paretoprune.experiments.comparison import Comparison
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.recipes import build_problem
@@ -127,6 +128,26 @@ def test_latency_is_measured_shown_and_tracked(
         "group",
         "none",
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("cifar10:there", "cifar10:{here}/there"),
+        ("cifar10:not/yet", "cifar10:{here}/not/yet"),
+        ("imagefolder:~/photos", "imagefolder:{here}/photos"),
+        ("there:there", "there:there"),  # a function, named like a folder
+        ("digits", "digits"),
+    ],
+)
+def test_a_folder_of_data_is_kept_from_the_root(
+    given: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there").mkdir()
+    spec = SearchOptions("digits", "50%", data=given).checked()
+    assert spec.data == kept.format(here=tmp_path.resolve())
 
 
 def test_a_finished_search_goes_on_to_more_trials(
