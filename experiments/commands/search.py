@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import typer
 
@@ -29,8 +30,12 @@ from paretoprune.experiments.tracking.tracker import MlflowListener
 from paretoprune.experiments.units import format_count
 from paretoprune.search import (
     Finetuning,
+    Listener,
+    ParetoFront,
     Problem,
+    Record,
     RunLocked,
+    SearchInfo,
     SearchInterrupted,
     StoreFailed,
     checks,
@@ -120,9 +125,24 @@ def resume(
             )
         spec = replace(spec, trials=trials)
     problem = problem_of(spec, quiet, folder)
-    if trials is not None:
-        runs.write_json(folder / runs.RUN_FILE, spec.to_json())
-    _search(problem, spec, folder, quiet, as_json)
+    changed = () if trials is None else (_Remembered(folder, spec),)
+    _search(problem, spec, folder, quiet, as_json, changed)
+
+
+class _Remembered(NamedTuple):
+    """A listener that writes run.json once no other process can be driving the run."""
+
+    folder: Path
+    spec: RunSpec
+
+    def started(self, info: SearchInfo) -> None:
+        runs.write_json(self.folder / runs.RUN_FILE, self.spec.to_json())
+
+    def finished(self, record: Record, front: ParetoFront) -> None:
+        pass
+
+    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+        pass
 
 
 def problem_of(spec: RunSpec, quiet: bool, folder: Path | None = None) -> Problem:
@@ -146,7 +166,14 @@ def problem_of(spec: RunSpec, quiet: bool, folder: Path | None = None) -> Proble
     return problem
 
 
-def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json: bool) -> None:
+def _search(
+    problem: Problem,
+    spec: RunSpec,
+    folder: Path,
+    quiet: bool,
+    as_json: bool,
+    listeners: Sequence[Listener] = (),
+) -> None:
     """Searches until all trials are finished, and prints the front.
 
     Raises:
@@ -179,7 +206,7 @@ def _search(problem: Problem, spec: RunSpec, folder: Path, quiet: bool, as_json:
                 run_dir=folder,
                 storage=spec.storage,
                 saliency_dir=folder.parent / runs.SALIENCY_DIR,
-                listeners=(shown, tracked),
+                listeners=(*listeners, shown, tracked),
                 progress=shown.preparing,
             )
     except SearchInterrupted:

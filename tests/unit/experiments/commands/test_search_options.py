@@ -21,6 +21,7 @@ from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.mlflow_runs import connect
 from paretoprune.experiments.tracking.store import store_of
 from paretoprune.search import Completed, evaluation, read_run
+from paretoprune.search.journal import JournalFile
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
 
 
@@ -162,6 +163,12 @@ def test_a_finished_search_goes_on_to_more_trials(
     assert "more than the run has, but got 4 and more has 4" in capsys.readouterr().err
     assert main(resume) == 0  # remembered: there is nothing left to do
     assert len(read_run(tmp_path / "more").records) == 4
+    before = (tmp_path / "more" / "run.json").read_bytes()
+    other = JournalFile(tmp_path / "more" / "journal.log")
+    assert main([*resume, "--trials", "6"]) == 2
+    other.close()
+    assert "another search is running" in capsys.readouterr().err
+    assert (tmp_path / "more" / "run.json").read_bytes() == before
 
 
 def test_steps_that_end_above_the_target_are_no_success(
