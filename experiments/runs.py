@@ -133,10 +133,22 @@ def list_runs(runs_dir: Path) -> list[str]:
 
 def default_name(runs_dir: Path, problem: str, flops: float | int) -> str:
     """Returns the next free name, such as `resnet56-cifar10-50pct-1`."""
-    label = re.sub(r"[^A-Za-z0-9._]+", "-", problem).strip("-._") or "run"
-    stem = f"{label}-{format_target(flops).replace('%', 'pct')}"
+    return _next_name(runs_dir, f"{_label(problem)}-{format_target(flops).replace('%', 'pct')}")
+
+
+def comparison_dir(runs_dir: Path, problem: str) -> Path:
+    """Returns the next free folder of a comparison, such as `runs/comparisons/digits-1`."""
+    folder = runs_dir / "comparisons"
+    return folder / _next_name(folder, _label(problem))
+
+
+def _label(problem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", problem).strip("-._") or "run"
+
+
+def _next_name(folder: Path, stem: str) -> str:
     number = 1
-    while (runs_dir / f"{stem}-{number}").exists():
+    while (folder / f"{stem}-{number}").exists():
         number += 1
     return f"{stem}-{number}"
 

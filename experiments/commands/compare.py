@@ -16,7 +16,7 @@ from paretoprune.criteria import CRITERIA, Bounds, CostClass, largest_macs, smal
 from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
 from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Ranking, Shot
-from paretoprune.experiments.runs import SALIENCY_DIR
+from paretoprune.experiments.runs import SALIENCY_DIR, comparison_dir
 from paretoprune.experiments.showing.comparison_plot import comparison_png
 from paretoprune.experiments.tracking.mlflow_runs import log_comparison
 from paretoprune.experiments.tracking.store import store_of
@@ -59,7 +59,6 @@ def compare(
         checks.check_reachable(graph, target, bounds)
     if to is not None:
         to.mkdir(parents=True, exist_ok=True)
-    folder = to or runs_dir / "comparisons" / problem.name.replace(":", "-").replace("/", "-")
     with long_step(progress_console(), "Measuring saliencies", quiet=quiet) as progress:
         comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress, bounds)
     with long_step(progress_console(), "Comparing", quiet=quiet) as progress:
@@ -68,6 +67,7 @@ def compare(
         shots = list(comparison.shots(targets, rankings=rankings, progress=progress))
     if not shots:
         raise _without_plans(graph, targets, bounds, blocks=both)
+    folder = to or comparison_dir(runs_dir, problem.name)
     folder.mkdir(parents=True, exist_ok=True)
     file = write_csv(shots, folder / "criteria.csv")
     figure = comparison_png(shots, f"{problem.name}: criteria one-shot, search split")

@@ -36,7 +36,7 @@ def test_compare_writes_a_row_per_shot_a_plot_and_an_mlflow_run(
     shown = capsys.readouterr()
     assert "taylor, with blocks" in shown.out
     assert "MLflow was not written" not in shown.err
-    folder = tmp_path / "comparisons" / "digits"
+    folder = tmp_path / "comparisons" / "digits-1"
     rows = list(csv.DictReader((folder / "criteria.csv").read_text().splitlines()))
     assert len(rows) == 2 * 2 * 2 * 3  # criteria, targets, rankings, recoveries
     for row in rows:
@@ -85,7 +85,7 @@ def test_a_target_without_a_plan_is_left_out_and_named(
     options = ("--flops", "80%,50%", "--criteria", "l2", "--multiple", "8")
     assert run("compare", untrained, tmp_path, *options) == 0
     assert "no plan within 1 % under the target: l2 at 50%" in capsys.readouterr().out
-    rows = (tmp_path / "comparisons" / "digits" / "criteria.csv").read_text().splitlines()
+    rows = (tmp_path / "comparisons" / "digits-1" / "criteria.csv").read_text().splitlines()
     assert {row["target"] for row in csv.DictReader(rows)} == {"0.8"}
 
 

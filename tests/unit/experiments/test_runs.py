@@ -11,6 +11,7 @@ from paretoprune.criteria import UNBOUNDED, Bounds
 from paretoprune.experiments.runs import (
     RunSpec,
     check_name,
+    comparison_dir,
     create_run,
     default_name,
     list_runs,
@@ -95,6 +96,10 @@ def test_names_count_up_from_what_is_there(tmp_path: Path) -> None:
     name = default_name(tmp_path, "torchvision:resnet50", 60_000_000)
     assert name == "torchvision-resnet50-60M-1"
     check_name(tmp_path, name)
+    for number in (1, 2):  # no comparison takes the place of another
+        folder = comparison_dir(tmp_path, "mynet:net")
+        assert folder == tmp_path / "comparisons" / f"mynet-net-{number}"
+        folder.mkdir(parents=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99}', '{"version": 1}'])
