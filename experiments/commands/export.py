@@ -20,6 +20,7 @@ from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.mlflow_runs import register_export
+from paretoprune.experiments.tracking.server import check_database
 from paretoprune.experiments.tracking.store import ExportPlace
 from paretoprune.experiments.units import parse_flops, parse_fraction
 from paretoprune.search import Completed, Problem, Record
@@ -136,6 +137,7 @@ def _registered(
     try:
         where = json.loads(file.read_text())
         uri, experiment = where["uri"], where["experiment"]
+        check_database(uri, folder.name)
         place = ExportPlace(uri, experiment, spec.id, record.number, problem.name)
         about = (done.directory / "README.md").read_text(encoding="utf-8")
         return register_export(

@@ -75,7 +75,7 @@ def tracked(runs_dir: Path, name: str | None) -> Tracked:
         file = folder / TRACKING_FILE
         if file.exists():
             where = json.loads(file.read_text())
-            _check_database(where["uri"], candidate)
+            check_database(where["uri"], candidate)
             return Tracked(candidate, where["uri"], where["experiment"], where["run"], spec.id)
     if name is not None:
         raise ValueError(
@@ -87,8 +87,16 @@ def tracked(runs_dir: Path, name: str | None) -> Tracked:
     )
 
 
-def _check_database(uri: str, name: str) -> None:
-    """Verifies that a database file is there; MLflow would begin a new one without a word."""
+def check_database(uri: str, name: str) -> None:
+    """Verifies that a database file is there; MLflow would begin a new one without a word.
+
+    Args:
+        uri: Tracking URI.
+        name: Of the run that lies in it.
+
+    Raises:
+        ValueError: If it is not there.
+    """
     file = uri.removeprefix("sqlite:///")
     if file != uri and not Path(file).exists():
         raise ValueError(

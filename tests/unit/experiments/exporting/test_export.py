@@ -111,10 +111,18 @@ def test_a_damaged_note_of_mlflow_is_said_and_the_export_stays(
 ) -> None:
     done = export(problem, record, tmp_path / "small")
     spec = RunSpec("made-up", 0.5, 1, ("l2",))
-    for text, said in (("{", "JSONDecodeError: "), ("{}", "KeyError: 'uri'")):
+    gone = f"{tmp_path}/old/mlflow.db"  # where the runs were before they were moved
+    moved = json.dumps({"uri": f"sqlite:///{gone}", "experiment": "1", "run": "abc"})
+    (tmp_path / "old").mkdir()
+    for text, said in (
+        ("{", "JSONDecodeError: "),
+        ("{}", "KeyError: 'uri'"),
+        (moved, f"ValueError: the MLflow database {gone} is not there; `paretoprune resume"),
+    ):
         (tmp_path / "mlflow.json").write_text(text)
         registered = _registered(done, problem, record, tmp_path, spec)
         assert registered.startswith(f"not registered: {said}")
+    assert not Path(gone).exists()
 
 
 def test_the_card_says_what_else_read_the_test_split(
