@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich import box
@@ -12,6 +13,7 @@ from paretoprune.criteria.bottlenecks import Pressure, pressures, reset, widen
 from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
 from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.experiments.comparison import Comparison
+from paretoprune.experiments.exporting.card import load_call
 from paretoprune.experiments.exporting.export import check_destination
 from paretoprune.experiments.runs import SALIENCY_DIR
 from paretoprune.experiments.units import format_count, format_percent, parse_flops
@@ -40,8 +42,8 @@ def bottlenecks(
     """
     target = parse_flops(flops)
     chosen = checks.criteria_by_name([criterion])
-    if not factor > 1:
-        raise ValueError(f"a widening factor lies above 1, but got {factor}.")
+    if not 1 < factor < math.inf:
+        raise ValueError(f"a widening factor is a finite number above 1, but got {factor}.")
     if to is not None:
         check_destination(to)
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
@@ -103,5 +105,6 @@ def _say_widened(
         example_inputs=problem.example_inputs,
     )
     out.print(
-        f"written: {to}; train it after paretoprune.surgery.load({str(to)!r}).", soft_wrap=True
+        f"written: {to}; train it after paretoprune.surgery.{load_call(to, problem.reference)}.",
+        soft_wrap=True,
     )

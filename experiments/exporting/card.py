@@ -241,19 +241,24 @@ def _running(written: Sequence[Written]) -> list[str]:
     return [f"```python\n{code[one.name]}\n```" for one in written]
 
 
+def load_call(directory: str | Path, reference: str | None) -> str:
+    """Returns the call of `surgery.load`; architectures outside of known libraries are named."""
+    dense = "make_dense_model" if reference is None else f'"{reference}"'
+    return f'load("{directory}")' if is_trusted(reference) else f'load("{directory}", {dense})'
+
+
 def _loading(reference: str | None) -> str:
-    """Returns how to load; architectures outside of known libraries have to be named."""
-    dense, about = "", ""
+    """Returns how to load."""
+    about = ""
     if reference is None:
-        dense = ", make_dense_model"
         about = "`make_dense_model` is a function that builds the dense architecture. "
     elif not is_trusted(reference):
-        dense = f', "{reference}"'
         about = "The second argument says whose code builds the architecture. "
+    call = load_call("PATH/OF/THIS/FOLDER", reference)
     return (
         "```python\n"
         "from paretoprune.surgery import load\n\n"
-        f'model = load("PATH/OF/THIS/FOLDER"{dense})  # an nn.Module in eval mode\n'
+        f"model = {call}  # an nn.Module in eval mode\n"
         "outputs = model(inputs)\n"
         "```\n"
         f"{about}torch and safetensors are all that loading needs beside `paretoprune`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -127,12 +128,30 @@ def test_bottlenecks_writes_a_network_that_loads(
     assert sizes[0] > sizes[1]
 
 
+def test_bottlenecks_says_how_a_network_of_somebodys_own_loads(
+    untrained: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = "from paretoprune.experiments.models import digits_resnet\n\nnet = digits_resnet\n"
+    (tmp_path / "widened_own.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["bottlenecks", "widened_own:net", "--data", "digits", "--weights", untrained]
+    arguments += ["--flops", "30%", "--criterion", "taylor", "--to", str(tmp_path / "wide")]
+    assert main([*arguments, "--runs-dir", str(tmp_path), "--quiet"]) == 0
+    call = re.search(r"surgery\.load\((.*)\)\.$", capsys.readouterr().out, re.MULTILINE)
+    assert call is not None
+    folder, reference = (part.strip('"') for part in call[1].split(", "))
+    assert load(folder, reference)(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
 def test_a_factor_that_does_not_widen_is_refused(
     untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--flops", "30%", "--factor", "1")
     assert run("bottlenecks", untrained, tmp_path, *options) == 2
-    assert "a widening factor lies above 1, but got 1.0" in capsys.readouterr().err
+    assert "a widening factor is a finite number above 1, but got 1.0" in capsys.readouterr().err
 
 
 def test_criteria_lists_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
