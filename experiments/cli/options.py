@@ -51,7 +51,16 @@ Weights = Annotated[
 RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Seed = Annotated[int, typer.Option(help="Seed of data splits and sampler.")]
+
+
+def _seed(value: int) -> int:
+    # a training seeds every epoch with (seed << 20) + epoch, of which torch takes 63 bits
+    if not 0 <= value < 2**43:
+        raise typer.BadParameter(f"a seed lies in 0 to {2**43 - 1}, but got {value}.")
+    return value
+
+
+Seed = Annotated[int, typer.Option(help="Seed of data splits and sampler.", callback=_seed)]
 
 Multiple = Annotated[
     int,

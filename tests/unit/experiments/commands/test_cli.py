@@ -191,6 +191,15 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         ["bottlenecks", *DIGITS, "--flops", "50%", "--to", "notes"],
         "notes exists already",
     ),
+    "a factor without an end": (
+        ["bottlenecks", *DIGITS, "--flops", "50%", "--factor", "inf"],
+        "a widening factor is a finite number above 1, but got inf",
+    ),
+    "a seed below zero": ([*SEARCH, "--flops", "50%", "--seed", "-1"], "but got -1"),
+    "a seed of too many bits": (
+        ["compare", *DIGITS, "--flops", "50%", "--seed", "20260101123000"],
+        "a seed lies in 0 to 8796093022207, but got 20260101123000",
+    ),
     "receded weights that cannot be read": (
         [*RECEDE, "--to", "x.pt"],
         "--to takes a file that ends in .safetensors, but got x.pt",
