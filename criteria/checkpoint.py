@@ -43,6 +43,7 @@ class Checkpoint:
             f"{name}/{key}": value
             for name, network in networks.items()
             for key, value in network.state_dict().items()
+            if isinstance(value, Tensor)  # a module's extra state may be anything
         }
         for name, parameter in next(iter(networks.values())).named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -78,8 +79,8 @@ class Checkpoint:
         except (OSError, SafetensorError):  # not there, or half written when power was lost
             return 0
         for name, network in networks.items():
-            state = {key: tensors[f"{name}/{key}"] for key in network.state_dict()}
-            network.load_state_dict(state)
+            own = network.state_dict()
+            network.load_state_dict({k: tensors.get(f"{name}/{k}", v) for k, v in own.items()})
         parameters = dict(next(iter(networks.values())).named_parameters())
         for name, value in tensors.items():
             if name.startswith(_OPTIMIZER):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -27,6 +27,16 @@ def of_batches(batches: Iterable[tuple[Any, Tensor]]) -> str:
         for number, batch in enumerate(batches)
         for place, leaf in enumerate(torch.utils._pytree.tree_leaves(batch))
     )
+
+
+def of_data(batches: Iterable[tuple[Any, Tensor]]) -> str:
+    """Returns what tells training data apart, without reading an epoch, which may be drawn.
+
+    That is the first batch of a sequence, and of others how they show themselves.
+    """
+    if isinstance(batches, Sequence) and batches:
+        return of_batches([batches[0]])
+    return of_setting(batches)
 
 
 def of_setting(setting: object) -> str:

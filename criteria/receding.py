@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
@@ -228,7 +228,7 @@ def recede(
     kept = None
     if checkpoint is not None:
         named = [repr(settings), length_hint(batches), fingerprint.of_setting(loss)]
-        key = [fingerprint.of_model(model), *named, _data(batches)]
+        key = [fingerprint.of_model(model), *named, fingerprint.of_data(batches)]
         kept = Checkpoint(checkpoint, json.dumps(key))
     done = 0 if kept is None else kept.read({"state": network}, optimizer, progress)
     devices = range(torch.cuda.device_count())
@@ -247,13 +247,6 @@ def recede(
     for name, parameter in result.named_parameters():
         parameter.requires_grad_(learning[name])
     return result
-
-
-def _data(batches: Iterable[tuple[Any, Tensor]]) -> str:
-    """Returns what tells training data apart, without reading an epoch, which may be drawn."""
-    if isinstance(batches, Sequence) and batches:
-        return fingerprint.of_batches([batches[0]])
-    return fingerprint.of_setting(batches)
 
 
 def _large_enough(

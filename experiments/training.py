@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -125,8 +125,8 @@ def train(
         checkpoint: File that is written after every epoch; where it is there, for the same
             network, settings, losses and data, training goes on from it; that of another training
             is not taken, and a line says so. Data are compared by their number of batches, and by
-            their first batch if they are a sequence or by how they show themselves if not. Epochs
-            that are done are read again where the batches are not `NumberedEpochs`.
+            their first batch if they are a sequence or `NumberedEpochs` or by how they show
+            themselves if not. Epochs that are done are read again where they have no numbers.
         progress: Receives a line per epoch, with images per second and the time left.
 
     Raises:
@@ -145,8 +145,11 @@ def train(
     run = _Run(model, training, _loss(training, loss, teacher), penalty, len(batches))
     kept = None
     if checkpoint is not None:
-        given = (training, loss, penalty, teacher, len(batches), _data(batches))
+        given = (training, loss, penalty, teacher, len(batches))
         key = [fingerprint.of_model(model), *map(fingerprint.of_setting, given)]
+        key.append(fingerprint.of_data(batches))
+        if isinstance(batches, NumberedEpochs):  # they show which examples they take, not of what
+            key.append(fingerprint.of_data([next(iter(batches.epoch(0)))]))
         kept = Checkpoint(checkpoint, json.dumps(key))
     done = 0 if kept is None else kept.read(run.networks, run.optimizer, progress)
     started = time.monotonic()
@@ -173,13 +176,6 @@ def train(
                 f"{left:.0f} s left"
             )
     return run.result()
-
-
-def _data(batches: Epochs) -> str:
-    """Returns what tells training data apart, without reading an epoch, which may be drawn."""
-    if isinstance(batches, Sequence):
-        return fingerprint.of_batches([batches[0]])
-    return fingerprint.of_setting(batches)
 
 
 class _Run:
