@@ -319,13 +319,20 @@ def _some(batches: Iterable[Batch]) -> Batch:
     return inputs, targets
 
 
-def check_reachable(graph: PruningGraph, flops: float | int, bounds: Bounds = UNBOUNDED) -> int:
+def check_reachable(
+    graph: PruningGraph,
+    flops: float | int,
+    bounds: Bounds = UNBOUNDED,
+    *,
+    blocks: bool = True,
+) -> int:
     """Returns a FLOPs target in MACs, verified before anything is measured.
 
     Args:
         graph: The dense network's graph.
         flops: Share of the dense MACs (float) or MACs (int).
         bounds: Which unit counts groups may keep, and which blocks may go.
+        blocks: Whether blocks may go at all.
 
     Raises:
         InfeasibleBudget: If no plan meets it; names the smallest reachable MACs, or the largest
@@ -336,7 +343,9 @@ def check_reachable(graph: PruningGraph, flops: float | int, bounds: Bounds = UN
     bounds.check(graph)
     target, dense = target_macs(graph, flops), graph.cost().macs
     within = "" if bounds == UNBOUNDED else " within the bounds"
-    smallest = smallest_macs(graph, bounds.blocks(graph), bounds)
+    if graph.blocks and not blocks:
+        within = f" without removing blocks{within}"
+    smallest = smallest_macs(graph, bounds.blocks(graph) if blocks else (), bounds)
     largest = largest_macs(graph, (), bounds)
     asked = f"the target of {target:,} MACs ({target / dense:.2%} of the dense network)"
     if smallest > target:

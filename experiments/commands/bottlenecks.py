@@ -47,7 +47,7 @@ def bottlenecks(
     if to is not None:
         check_destination(to)
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
-    checks.check_reachable(graph, target)
+    checks.check_reachable(graph, target, blocks=False)
     with long_step(progress_console(), f"Measuring {criterion}", quiet=quiet) as progress:
         comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress)
     plan = select(graph, comparison.scores.units[criterion], budget=target)

@@ -56,7 +56,7 @@ def compare(
         raise ValueError(f"--to takes a folder, but {to} is a file.")
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
     for target in targets:
-        checks.check_reachable(graph, target, bounds)
+        checks.check_reachable(graph, target, bounds, blocks=blocks)
     if to is not None:
         to.mkdir(parents=True, exist_ok=True)
     with long_step(progress_console(), "Measuring saliencies", quiet=quiet) as progress:

@@ -64,7 +64,11 @@ def test_compare_writes_a_row_per_shot_a_plot_and_an_mlflow_run(
         (("--flops", "50%", "--criteria", "tailor"), "unknown criterion 'tailor'"),
         (
             ("--flops", "50%", "--criteria", "l2", "--multiple", "8"),
-            "no criterion has a plan within 1 % under 50%: plans of units alone have 242,160 to",
+            "smallest reachable without removing blocks within the bounds is 242,160 MACs",
+        ),
+        (
+            ("--flops", "0.4%", "--criteria", "l2", "--blocks"),
+            "no criterion has a plan within 1 % under 0.4%: plans of units and blocks have",
         ),
     ],
 )
@@ -83,9 +87,10 @@ def test_misuse_of_compare_is_said_in_a_sentence(
 def test_a_target_without_a_plan_is_left_out_and_named(
     untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--flops", "80%,50%", "--criteria", "l2", "--multiple", "8")
+    options = ("--flops", "80%,0.4%", "--criteria", "l2", "--blocks")
     assert run("compare", untrained, tmp_path, *options) == 0
-    assert "no plan within 1 % under the target: l2 at 50%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no plan within 1 % under the target: l2 at 0.4%, l2, with blocks at 0.4%" in said
     rows = (tmp_path / "comparisons" / "digits-1" / "criteria.csv").read_text().splitlines()
     assert {row["target"] for row in csv.DictReader(rows)} == {"0.8"}
 
