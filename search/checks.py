@@ -343,15 +343,14 @@ def check_reachable(
     bounds.check(graph)
     target, dense = target_macs(graph, flops), graph.cost().macs
     within = "" if bounds == UNBOUNDED else " within the bounds"
-    if graph.blocks and not blocks:
-        within = f" without removing blocks{within}"
+    whole = " without removing blocks" if graph.blocks and not blocks else ""
     smallest = smallest_macs(graph, bounds.blocks(graph) if blocks else (), bounds)
     largest = largest_macs(graph, (), bounds)
     asked = f"the target of {target:,} MACs ({target / dense:.2%} of the dense network)"
     if smallest > target:
         raise InfeasibleBudget(
-            f"{asked} cannot be reached: the smallest reachable{within} is {smallest:,} MACs "
-            f"({smallest / dense:.2%})."
+            f"{asked} cannot be reached: the smallest reachable{whole}{within} is {smallest:,} "
+            f"MACs ({smallest / dense:.2%})."
         )
     if largest <= 0.99 * target:
         raise InfeasibleBudget(
