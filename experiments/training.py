@@ -51,6 +51,10 @@ class Training:
             teacher, which has seen them, is not asked again: its outputs are kept on the device,
             four bytes for each example, class and draw. Shen & Xing, ECCV 2022, arXiv:2112.01528.
             0 draws every epoch anew.
+        mixup: Alpha of the distribution Beta(alpha, alpha) of the weight that the examples of a
+            batch have against others of it, drawn for every batch; 0 mixes none. Zhang et al.,
+            ICLR 2018, arXiv:1710.09412; a teacher is asked about the mixed examples: Beyer et
+            al., CVPR 2022, arXiv:2106.05237. Not where batches recur.
         seed: Seeds what the network itself draws, such as dropout.
 
     Raises:
@@ -67,6 +71,7 @@ class Training:
     temperature: float = 4.0
     average: float = 0.0
     draws: int = 0
+    mixup: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +86,10 @@ class Training:
             "temperature": (self.temperature > 0, "be positive"),
             "average": (0 <= self.average < 1, "lie in [0, 1)"),
             "draws": (self.draws >= 0, "not be negative"),
+            "mixup": (
+                self.mixup >= 0 and not (self.mixup and self.draws),
+                "not be negative, and be 0 where batches recur",
+            ),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -131,7 +140,7 @@ def train(
 
     Raises:
         ValueError: If there are no batches, a teacher is missing, batches that cannot be drawn
-            again are to recur, or the loss stops being finite.
+            again are to recur, inputs cannot be mixed, or the loss stops being finite.
     """
     if not len(batches):
         raise ValueError("training needs at least one batch, but got none.")
@@ -221,8 +230,8 @@ class _Run:
         for position, (inputs, targets) in enumerate(drawn):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._training.learning_rate * self._rate(step)
-            outputs = _mixed(self._network, inputs, self.device)
-            seen = _Seen(inputs, (draw, position))
+            seen = _seen(inputs, (draw, position), self._training.mixup, len(targets))
+            outputs = _in_mixed_precision(self._network, seen.inputs, self.device)
             value = self._loss(seen, outputs, targets.to(self.device))
             if self._penalty is not None:
                 value = value + self._penalty(self._network)
@@ -250,7 +259,7 @@ class _Run:
         return network.eval()
 
 
-def _mixed(network: nn.Module, inputs: Any, device: torch.device) -> Any:
+def _in_mixed_precision(network: nn.Module, inputs: Any, device: torch.device) -> Any:
     """Returns the outputs of a network, computed in bfloat16 where the device can.
 
     They are float32: some losses are undefined under autocast, and a sum in bfloat16 is coarse.
@@ -263,20 +272,54 @@ def _mixed(network: nn.Module, inputs: Any, device: torch.device) -> Any:
 
 
 class _Seen(NamedTuple):
-    """What a network saw: the inputs, and the number of the draw and of the batch in it."""
+    """What a network saw of a batch.
+
+    Attributes:
+        inputs: Of the batch, mixed where that is asked for.
+        key: The number of the draw, and of the batch in it.
+        weight: That every example has against the one that it is mixed with.
+        others: The positions of these, shape (n,); None without mixup.
+    """
 
     inputs: Any
     key: tuple[int, int]
+    weight: float = 1.0
+    others: Tensor | None = None
+
+
+def _seen(inputs: Any, key: tuple[int, int], mixup: float, count: int) -> _Seen:
+    if not mixup:
+        return _Seen(inputs, key)
+    weight = float(torch.distributions.Beta(mixup, mixup).sample())
+    others = torch.randperm(count)
+
+    def mixed(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point() or len(leaf) != count:
+            raise ValueError(
+                f"mixup needs inputs that are floating-point tensors with a row per example, but "
+                f"got {leaf.dtype} of shape {tuple(leaf.shape)} for {count} examples."
+            )
+        return weight * leaf + (1 - weight) * leaf[others.to(leaf.device)]
+
+    return _Seen(tree_map_only(Tensor, mixed, inputs), key, weight, others)
 
 
 def _loss(
     training: Training, loss: Loss | None, teacher: nn.Module | None
 ) -> Callable[[_Seen, Any, Tensor], Tensor]:
     """Returns (seen, outputs, targets) -> the loss that is minimised."""
-    own = loss or partial(F.cross_entropy, label_smoothing=training.label_smoothing)
+    unmixed = loss or partial(F.cross_entropy, label_smoothing=training.label_smoothing)
+
+    def own(seen: _Seen, outputs: Any, targets: Tensor) -> Tensor:
+        value = unmixed(outputs, targets)
+        if seen.others is None:
+            return value
+        other = unmixed(outputs, targets[seen.others.to(targets.device)])
+        return seen.weight * value + (1 - seen.weight) * other
+
     weight = training.distillation
     if teacher is None or not weight:
-        return lambda seen, outputs, targets: own(outputs, targets)
+        return own
     wise = copy.deepcopy(teacher).eval().requires_grad_(False)
     kept: dict[tuple[int, int], Any] = {}
 
@@ -284,11 +327,11 @@ def _loss(
         taught = kept.get(seen.key)
         if taught is None:
             with torch.no_grad():
-                taught = _mixed(wise, seen.inputs, device_of(wise))
+                taught = _in_mixed_precision(wise, seen.inputs, device_of(wise))
             if 0 < training.draws < training.epochs:  # else no batch comes again
                 kept[seen.key] = taught
         value = weight * distillation_loss(outputs, taught, training.temperature)
-        return value if weight == 1 else value + (1 - weight) * own(outputs, targets)
+        return value if weight == 1 else value + (1 - weight) * own(seen, outputs, targets)
 
     return distilled
 

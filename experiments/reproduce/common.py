@@ -249,6 +249,7 @@ class Bench:
         epochs: int | None = None,
         teacher: nn.Module | None = None,
         draws: int = 0,
+        mixup: float = 0.0,
         penalty: Callable[[nn.Module], Tensor] | None = None,
     ) -> nn.Module:
         """Returns a trained copy of a network, which is kept under a name.
@@ -261,6 +262,7 @@ class Bench:
             epochs: None takes those of the options.
             teacher: Distilled.
             draws: Epochs whose batches are drawn, see `Training`.
+            mixup: Of the batches, likewise.
             penalty: Added to the loss.
         """
         file = self.file(name)
@@ -281,6 +283,7 @@ class Bench:
                 weight_decay=decay,
                 warmup=0.05,
                 draws=draws,
+                mixup=mixup,
                 seed=self.seed,
             ),
             teacher=None if teacher is None else on_device(teacher),

@@ -18,7 +18,8 @@ the epochs of their fine-tuning, which distils from the dense network where the 
 
 With `--draws`, later epochs take the batches of the first ones again, in turn, so that the dense
 network is asked once about each: an epoch that is distilled costs little more than a plain one.
-In `search distilled again`, the epochs of `--again` recur, and not those before.
+In `search distilled again`, the epochs of `--again` recur, and not those before; `--mixup` is for
+these epochs alone.
 
 Minutes on two cores: `--networks resnet20 --reductions 50 --epochs 1 --images 2000
 --test-images 1000 --recovery 0 --trials 12 --criterion l2`.
@@ -60,6 +61,7 @@ RECOVERY = 10
 AGAIN = "search distilled again"
 KEYS = (
     "network", "method", "reduction", "seed", "recovery", "trials", "criterion", "draws", "again",
+    "mixup",
 )  # fmt: skip
 
 
@@ -77,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--workers", type=int, help="evaluations at a time; 0 without Ray")
     made.add_argument("--draws", type=int, default=0, help="epochs after which batches recur")
     made.add_argument("--again", type=int, default=0, help="epochs of `search distilled again`")
+    made.add_argument("--mixup", type=float, default=0.0, help="of these epochs; 0 mixes nothing")
     made.add_argument("--methods", help="with commas; by default all that need no `--again`")
     options = made.parse_args(arguments)
     unasked = () if options.again else (AGAIN,)
@@ -105,11 +108,12 @@ def _rows(
             "criterion": options.criterion,
             "draws": options.draws,
             "again": options.again if method == AGAIN else 0,
+            "mixup": options.mixup if method == AGAIN else 0.0,
         }
         row["full"] = row["full"] and options.recovery >= RECOVERY
         epochs = options.epochs
         if method != "greedy":
-            done = results.find({**row, "method": "greedy", "again": 0})
+            done = results.find({**row, "method": "greedy", "again": 0, "mixup": 0.0})
             epochs = int(done["epochs_total"]) if done else epochs + _recovery(bench, reduction)
         yield row, partial(METHODS[method], bench, reduction, epochs)
 
@@ -301,11 +305,13 @@ def _again(bench: Bench, reduction: float, epochs: int) -> Row:
     options = bench.options
     after = bench.train(
         ended.after(bench),
-        f"again-{reduction}-{epochs}-{options.trials}-{options.again}-{options.draws}",
+        f"again-{reduction}-{epochs}-{options.trials}-{options.again}-{options.draws}"
+        f"-{options.mixup}",
         rate=FINETUNING.learning_rate,
         epochs=options.again,
         teacher=bench.problem.model,
         draws=options.draws,
+        mixup=options.mixup,
     )
     spent = ended.epochs + options.again
     return _measured(bench, ended.plan, ended.before(bench), after, spent)

@@ -24,7 +24,8 @@ TITLES = {
     "proscore": ("PROscore", "FLOPs"),
 }
 _APART = ("reduction", "method", "epochs", "images", "test_images", "full", "recovery",
-          "batch_size", "learning_rate", "trials", "criterion", "draws", "again")  # fmt: skip
+          "batch_size", "learning_rate", "trials", "criterion", "draws", "again",
+          "mixup")  # fmt: skip
 """Columns of which rows with other values are no repetitions of each other."""
 HEAD = """# Results beside the published ones
 
@@ -111,6 +112,8 @@ def _ours(rows: Iterable[Mapping[str, str]], extra: Iterable[str]) -> Iterator[t
             run += f", {own[0]['again']} of them again"
         if own[0].get("draws", "0") != "0":
             run += f" ({own[0]['draws']} drawn)"
+        if own[0].get("mixup", "0.0") != "0.0":
+            run += f" with mixup {own[0]['mixup']}"
         run += f" of {int(images):,} images"
         if recovery not in ("", "0"):
             run += f", {recovery} of them per candidate" if method == "greedy" else ""

@@ -152,6 +152,16 @@ def test_epochs_are_those_that_were_trained(tmp_path: Path) -> None:
     assert (again["epochs_total"], again["seconds"]) == ("7", ""), "the search was there"
 
 
+def test_epochs_again_may_be_mixed(tmp_path: Path) -> None:
+    options = ["--reductions", "60", "--recovery", "0", "--trials", "1", "--workers", "0",
+               "--criterion", "l2", "--methods", everything.AGAIN, "--again", "1",
+               "--mixup", "0.2", "--work", str(tmp_path / "work")]  # fmt: skip
+    everything.main([*SMALL, *options, "--out", str(tmp_path / "everything.csv")])
+    (row,) = rows(tmp_path / "everything.csv")
+    assert (row["epochs_total"], row["mixup"]) == ("2", "0.2")
+    assert "2 epochs, 1 of them again with mixup 0.2 of 300 images" in page(tmp_path)
+
+
 def test_epochs_again_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         everything.main([*SMALL, "--methods", everything.AGAIN])

@@ -344,6 +344,47 @@ def test_a_teacher_sees_every_batch_that_recurs_once() -> None:
         train(network(), BATCHES, Training(epochs=3, learning_rate=0.1, draws=2))
 
 
+def test_mixup_mixes_what_network_and_teacher_see_and_the_losses_of_both_targets() -> None:
+    inputs, targets = torch.eye(16), torch.arange(16) % 2
+    seen, asked = list[Tensor](), list[Tensor]()
+    student, teacher = nn.Linear(16, 2), nn.Linear(16, 2)
+    for each in (student, teacher):  # hooks travel with the copy that is trained or asked
+        each.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+
+    def loss(outputs: Tensor, goals: Tensor) -> Tensor:
+        asked.append(goals.clone())
+        return F.cross_entropy(outputs, goals)
+
+    settings = Training(epochs=3, learning_rate=0.1, distillation=0.5, mixup=0.4)
+    train(student, [(inputs, targets)], settings, loss=loss, teacher=teacher)
+    assert len(seen) == len(asked) == 6
+    weights = set()
+    for step in range(0, 6, 2):
+        mixed, of_teacher = seen[step : step + 2]
+        assert torch.equal(mixed, of_teacher)
+        own, other = asked[step : step + 2]
+        assert torch.equal(own, targets)
+        weight = mixed.diagonal().min()
+        partners = (mixed - weight * inputs).argmax(1)
+        assert torch.equal(other, targets[partners])
+        expected = weight * inputs + (1 - weight) * inputs[partners]
+        torch.testing.assert_close(mixed, expected)
+        weights.add(round(float(weight), 4))
+    assert len(weights) == 3, "a weight for every batch"
+
+
+def test_mixup_is_drawn_alike_every_time_and_needs_floating_point() -> None:
+    settings = Training(epochs=2, learning_rate=0.1, mixup=0.4)
+    first, second = (train(network(), BATCHES, settings) for _ in range(2))
+    plain = train(network(), BATCHES, replace(settings, mixup=0.0))
+    weights = [each.state_dict()["0.weight"] for each in (first, second, plain)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    tokens = [(torch.zeros(4, 3).long(), torch.zeros(4).long())]
+    with pytest.raises(ValueError, match=r"mixup needs inputs .* but got torch.int64 of shape"):
+        train(nn.Embedding(2, 3), tokens, settings)
+
+
 def test_the_average_decays_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     step = torch.optim.SGD.step
@@ -380,9 +421,17 @@ def test_no_batches_is_an_error() -> None:
         ("temperature", 0.0),
         ("average", 1.0),
         ("draws", -1),
+        ("mixup", -0.1),
     ],
 )
 def test_values_outside_their_range(field: str, value: float) -> None:
     arguments: dict[str, Any] = {"epochs": 1, "learning_rate": 0.1, field: value}
     with pytest.raises(ValueError, match=f"`{field}` must .*, but got {value}"):
         Training(**arguments)
+
+
+def test_batches_that_recur_are_not_mixed() -> None:
+    with pytest.raises(
+        ValueError, match=r"`mixup` must .* be 0 where batches recur, but got 0\.2"
+    ):
+        Training(epochs=1, learning_rate=0.1, mixup=0.2, draws=1)
