@@ -140,16 +140,21 @@ def _given_source(given: Any, reference: str) -> tuple[Source, bool]:
     dataset = _dataset_of(given) if isinstance(given, DataLoader) else given
     if dataset is None:
         return _read(given, reference)
-    if not _is_map_style(dataset):
-        raise ValueError(
-            f"a training set is a map-style Dataset, a DataLoader or a list of (inputs, "
-            f"targets) batches, but {reference} returned a {type(given).__name__}."
-        )
-    if not len(dataset):
-        raise _without_examples("training", reference)
+    _demand_examples(dataset, given, "training", reference)
     source = DatasetSource(dataset, name=reference)
     source.read(torch.tensor([0]))
     return source, True
+
+
+def _demand_examples(dataset: Any, given: Any, kind: str, reference: str) -> None:
+    """Raises `ValueError` if a set is of no kind that is taken, or has no examples."""
+    if not _is_map_style(dataset):
+        raise ValueError(
+            f"a {kind} set is a map-style Dataset, a DataLoader or a list of (inputs, targets) "
+            f"batches, but {reference} returned a {type(given).__name__}."
+        )
+    if not len(dataset):
+        raise _without_examples(kind, reference)
 
 
 def _check_labels(source: Source, reference: str) -> None:
@@ -166,13 +171,7 @@ def _check_test(given: Any, reference: str) -> None:
     dataset = _dataset_of(given) if isinstance(given, DataLoader) else given
     if dataset is None:
         return
-    if not _is_map_style(dataset):
-        raise ValueError(
-            f"a test set is None, a map-style Dataset, a DataLoader or a list of (inputs, "
-            f"targets) batches, but {reference} returned a {type(given).__name__}."
-        )
-    if not len(dataset):
-        raise _without_examples("test", reference)
+    _demand_examples(dataset, given, "test", reference)
     name = _test_name(reference)
     if isinstance(given, (list, tuple)):
         checked(given[0], name)

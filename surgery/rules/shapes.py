@@ -364,22 +364,15 @@ def pooling(tracer: Tracer, node: Node) -> Result:
 
 def sampling(tracer: Tracer, node: Node) -> Result:
     """grid_sampler: channels pass from wherever the grid, which all of them share, says."""
-    source = tracer.labels(node.args[0])
     tracer.freeze(tracer.labels(node.args[1]), "are places where another value is sampled")
-    mixed = [dim for dim in source.varying if dim > 1]
-    if mixed:
-        source = tracer.constant(node.args[0], mixed, f"differs along the dims of {word(node)}")
-    return Labels(source.ids, out(node))
+    return pooling(tracer, node)
 
 
 def unpooling(tracer: Tracer, node: Node) -> Result:
     """max_unpool: every channel goes where its own positions say."""
     source, positions = tracer.labels(node.args[0]), tracer.labels(node.args[1])
     tracer.unions.unify(source.ids, positions.ids, "is unpooled to fixed positions")
-    mixed = [dim for dim in source.varying if dim > 1]
-    if mixed:
-        source = tracer.constant(node.args[0], mixed, f"differs along the dims of {word(node)}")
-    return Labels(source.ids, out(node))
+    return pooling(tracer, node)
 
 
 def glu(tracer: Tracer, node: Node) -> Result:

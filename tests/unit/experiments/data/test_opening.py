@@ -308,8 +308,8 @@ def test_a_function_that_draws_by_numpy_or_python_is_read_by_seed() -> None:
         ("test_of_triples", "is a list of Tensor, Tensor, Tensor"),
         ("test_of_images", "the test set of user_data:test_of_images cannot be stacked"),
         ("test_of_nothing", "user_data:test_of_nothing returned a test set without examples"),
-        ("test_of_a_stream", "a test set is None, .* returned a Stream"),
-        ("test_of_a_generator", "a test set is None, .* returned a generator"),
+        ("test_of_a_stream", "a test set is a map-style Dataset, .* returned a Stream"),
+        ("test_of_a_generator", "a test set is a map-style Dataset, .* returned a generator"),
     ],
 )
 def test_a_test_set_of_something_else_is_refused_at_once(name: str, message: str) -> None:
