@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 _PLAIN = frozenset(
@@ -29,7 +30,8 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         model: The module tree; left untouched.
         memo: By `id` of a module, parameter or buffer, what stands for it in the copy.
     """
-    memo |= kept_activations(model)
+    for identity, kept in kept_activations(model).items():
+        memo.setdefault(identity, kept)
     modules = _outside(model, memo)
     if not all(_is_ordinary(type(module)) for module in modules):
         return copy.deepcopy(model, memo)
@@ -64,12 +66,12 @@ def kept_activations(model: nn.Module) -> dict[int, Tensor]:
     Auxiliary losses, attention maps and what hooks store: torch copies no tensor with a history,
     and none that an export left there.
     """
-    found = {}
+    found: dict[int, Tensor] = {}
     for module in model.modules():
         values = [value for name, value in vars(module).items() if name not in _STATE]
         for leaf in tree_leaves([v for v in values if not (_is_plain(v) or _is_empty(v))]):
             if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                if type(leaf) is not Tensor:
+                if isinstance(leaf, FakeTensor):
                     found[id(leaf)] = leaf
                 elif leaf.grad_fn is not None:
                     found[id(leaf)] = leaf.detach()
