@@ -158,7 +158,7 @@ def train(
         key = [fingerprint.of_model(model), *map(fingerprint.of_setting, given)]
         key.append(fingerprint.of_data(batches))
         if isinstance(batches, NumberedEpochs):  # they show which examples they take, not of what
-            key.append(fingerprint.of_data([next(iter(batches.epoch(0)))]))
+            key.append(fingerprint.of_batches([next(iter(batches.epoch(0)))]))
         kept = Checkpoint(checkpoint, json.dumps(key))
     done = 0 if kept is None else kept.read(run.networks, run.optimizer, progress)
     started = time.monotonic()

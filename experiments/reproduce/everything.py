@@ -18,8 +18,8 @@ the epochs of their fine-tuning, which distils from the dense network where the 
 
 With `--draws`, later epochs take the batches of the first ones again, in turn, so that the dense
 network is asked once about each: an epoch that is distilled costs little more than a plain one.
-In `search distilled again`, the epochs of `--again` recur, and not those before; `--mixup` is for
-these epochs alone.
+In `search distilled again`, that holds for the epochs of `--again` and for none before; `--mixup`,
+which excludes `--draws`, is for these epochs alone, too.
 
 Minutes on two cores: `--networks resnet20 --reductions 50 --epochs 1 --images 2000
 --test-images 1000 --recovery 0 --trials 12 --criterion l2`.
@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.methods = options.methods or ",".join(name for name in METHODS if name not in unasked)
     if not options.again and AGAIN in names(options.methods):
         made.error(f"the method {AGAIN!r} needs its epochs: give --again, at least 1.")
+    if options.mixup and (options.draws or not options.again):
+        made.error("--mixup is for the epochs of --again, where batches do not recur (--draws 0).")
     out = options.out or RESULTS / "everything.csv"
     results = Results(out, KEYS, options.report)
     for bench in benches(options):

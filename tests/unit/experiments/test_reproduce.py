@@ -162,10 +162,20 @@ def test_epochs_again_may_be_mixed(tmp_path: Path) -> None:
     assert "2 epochs, 1 of them again with mixup 0.2 of 300 images" in page(tmp_path)
 
 
-def test_epochs_again_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--methods", everything.AGAIN), "needs its epochs: give --again, at least 1"),
+        (("--mixup", "0.4"), "--mixup is for the epochs of --again"),
+        (("--mixup", "0.4", "--again", "1", "--draws", "1"), "do not recur (--draws 0)"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], sentence: str
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        everything.main([*SMALL, "--methods", everything.AGAIN])
-    assert "needs its epochs: give --again, at least 1" in capsys.readouterr().err
+        everything.main([*SMALL, *options])
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_robustness_and_energy_are_columns(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from paretoprune.experiments.data.splits import TrainingBatches
 from paretoprune.experiments.training import Training, distillation_loss, train
 from paretoprune.search.metrics import evaluate
 from paretoprune.search.problem import Batch
+from tests.unit.versioned import Versioned
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 BATCHES = [(x, (x.sum(1) > 0).long()) for x in INPUTS.split(16)]
@@ -214,18 +215,8 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path: Path) -> None:
     assert torch.equal(fresh.state_dict()["0.weight"], found.state_dict()["0.weight"])
 
 
-class Counting(nn.Sequential):
-    """Keeps more than tensors in its state dict, as torch lets it."""
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"version": 1}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.version = state["version"]
-
-
 def test_a_checkpoint_leaves_out_what_is_no_tensor(tmp_path: Path) -> None:
-    model, settings = Counting(*convolutional().children()), Training(epochs=1, learning_rate=0.1)
+    model, settings = Versioned(*convolutional().children()), Training(epochs=1, learning_rate=0.1)
     lines: list[str] = []
     for _ in range(2):
         last = train(

@@ -11,17 +11,7 @@ from torch import nn
 
 from paretoprune.search.weights import FINETUNED, Weights
 from paretoprune.surgery import PruningPlan, prune, trace
-
-
-class Versioned(nn.Sequential):
-    """Keeps more than tensors in its state dict, as torch lets it."""
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"version": 1}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.version = state["version"]
-
+from tests.unit.versioned import Versioned
 
 PLAN = PruningPlan({"0": (0, 2, 5)})
 
