@@ -142,7 +142,9 @@ def image_folder(
     plain, augmented = _transforms(preparation)
     folder = str(train if split == "train" else test)
     try:
-        return DatasetSource(ImageFolder(folder, plain), ImageFolder(folder, augmented))
+        return DatasetSource(
+            ImageFolder(folder, plain), ImageFolder(folder, augmented), workers=None
+        )
     except FileNotFoundError as error:  # a class without images
         raise ValueError(f"{folder} needs images in every class folder: {error}.") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -141,7 +141,7 @@ def _given_source(given: Any, reference: str) -> tuple[Source, bool]:
     if dataset is None:
         return _read(given, reference)
     _demand_examples(dataset, given, "training", reference)
-    source = DatasetSource(dataset, name=reference)
+    source = DatasetSource(dataset, name=reference, workers=_workers_of(given))
     source.read(torch.tensor([0]))
     return source, True
 
@@ -203,6 +203,17 @@ def _dataset_of(loader: DataLoader[Any]) -> Any:
     return None
 
 
+def _workers_of(given: Any) -> int:
+    """Returns how many processes may read a dataset: as many as the loader that came has.
+
+    A bare dataset may hold what processes cannot share, such as an open file; so may one whose
+    loader sets its processes up.
+    """
+    if not isinstance(given, DataLoader) or given.worker_init_fn is not None:
+        return 0
+    return given.num_workers
+
+
 def _is_map_style(given: Any) -> bool:
     has_both = hasattr(given, "__getitem__") and hasattr(given, "__len__")
     return has_both and not isinstance(given, IterableDataset)
@@ -255,6 +266,10 @@ def _without_examples(kind: str, reference: str) -> ValueError:
 def _given_batches(given: Any, reference: str) -> Iterable[Batch]:
     """Returns a given test set as batches."""
     name = _test_name(reference)
-    if isinstance(given, (DataLoader, list, tuple)):
+    dataset = _dataset_of(given) if isinstance(given, DataLoader) else given
+    if dataset is None or isinstance(dataset, (list, tuple)):
         return [float32(checked(batch, name)) for batch in given]
-    return Batches.of(DatasetSource(given, name=name))
+    batches = Batches.of(DatasetSource(dataset, name=name, workers=_workers_of(given)))
+    if isinstance(given, DataLoader) and isinstance(given.batch_sampler, BatchSampler):
+        return replace(batches, batch_size=given.batch_sampler.batch_size)
+    return batches

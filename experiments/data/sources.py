@@ -120,11 +120,14 @@ class DatasetSource:
         augmented: The same examples in the same order with the training augmentation, drawn
             from torch's global generator; None takes `plain`, which may augment by itself.
         name: What errors call it.
+        workers: Processes that read ahead where many batches are read; None leaves it to the
+            place where they are read, see `read_batches`.
     """
 
     plain: Dataset[Any]
     augmented: Dataset[Any] | None = None
     name: str = "the dataset"
+    workers: int | None = 0
 
     def labels(self) -> Tensor | None:
         """Returns the dataset's `targets` (or `labels`) where it lists one class per example.
@@ -145,11 +148,27 @@ class DatasetSource:
         Raises:
             ValueError: If they cannot be stacked, or are no pairs of input and target.
         """
+        seed = self.draw(indices, augmentation)
+        return self.drawn(indices, seed, augmented=augmentation is not None)
+
+    def draw(self, indices: Tensor, augmentation: torch.Generator | None = None) -> int:
+        """Returns the seed that `read` takes for the examples at `indices`."""
         if augmentation is None:
-            dataset, seed = self.plain, int(indices.sum())
-        else:
-            dataset = self.plain if self.augmented is None else self.augmented
-            seed = int(torch.randint(2**31, (), generator=augmentation))
+            return int(indices.sum())
+        return int(torch.randint(2**31, (), generator=augmentation))
+
+    def drawn(self, indices: Tensor, seed: int, *, augmented: bool) -> Batch:
+        """Returns what `read` does, by a seed that was drawn before.
+
+        Args:
+            indices: Positions of the examples, shape (batch,).
+            seed: From `draw`.
+            augmented: Whether with the training augmentation.
+
+        Raises:
+            ValueError: As `read`.
+        """
+        dataset = self.plain if self.augmented is None or not augmented else self.augmented
         with seeded(seed):  # transforms draw from the global generators
             examples = [dataset[int(index)] for index in indices]
         try:

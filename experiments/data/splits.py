@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from paretoprune.criteria import fingerprint
-from paretoprune.experiments.data.sources import ImageArray, Source, float32
+from paretoprune.experiments.data.reading import read_batches
+from paretoprune.experiments.data.sources import ImageArray, Source
 from paretoprune.search.problem import Batch
 
 LARGE_EXAMPLE = 3 * 96 * 96
@@ -62,8 +63,7 @@ class Batches:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for part in self.indices.split(self.batch_size):
-            yield float32(self.source.read(part))
+        return read_batches(self.source, self.indices.split(self.batch_size))
 
 
 class TrainingBatches:
@@ -103,15 +103,15 @@ class TrainingBatches:
         return self.epoch(self._next - 1)
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """Yields the batches of an epoch.
+        """Returns the batches of an epoch, as they are read.
 
         Args:
             number: From 0.
         """
         generator = torch.Generator().manual_seed((self._seed << 20) + number)
         order = torch.randperm(len(self._indices), generator=generator)
-        for part in self._indices[order].split(self._batch_size)[: len(self)]:
-            yield float32(self._source.read(part, generator))
+        parts = self._indices[order].split(self._batch_size)[: len(self)]
+        return read_batches(self._source, parts, generator)
 
     def resized(self, examples: int, batch_size: int) -> TrainingBatches:
         """Returns batches of another size, of the first so many examples alone."""
@@ -175,16 +175,15 @@ def split(source: Source, *, seed: int, seen: bool = False, sizes: Sizes | None 
     augmented = _equal_parts(training[: sizes.recalibration], batch_size)
     return Splits(
         calibration=list(Batches(source, training[: sizes.calibration], batch_size)),
-        recalibration=[float32(source.read(part, generator)) for part in augmented],
+        recalibration=list(read_batches(source, augmented, generator)),
         refit=(
             Batches(source, training[: sizes.refit], batch_size)
             if min(sizes.refit, len(training)) > sizes.calibration
             else None
         ),
-        validation=[
-            float32(source.read(part, generator if seen else None))
-            for part in validation.split(batch_size)
-        ],
+        validation=list(
+            read_batches(source, validation.split(batch_size), generator if seen else None)
+        ),
         training=training,
     )
 

@@ -14,6 +14,7 @@ import torch
 from paretoprune.experiments.data import opening
 from paretoprune.experiments.data.opening import load_data
 from paretoprune.experiments.data.sources import DatasetSource, ExampleArray
+from paretoprune.experiments.data.splits import Batches
 
 MODULE = """
 import random
@@ -39,6 +40,13 @@ def datasets():
 
 def loaders():
     return DataLoader(pairs(40), batch_size=16, shuffle=True), DataLoader(pairs(8), batch_size=5)
+
+def read_by_processes():
+    train = DataLoader(pairs(40), batch_size=16, shuffle=True, num_workers=2)
+    return train, DataLoader(pairs(8), batch_size=5, num_workers=1)
+
+def read_by_prepared_processes():
+    return DataLoader(pairs(40), num_workers=2, worker_init_fn=print), None
 
 def sampled():
     return DataLoader(pairs(40), batch_size=16, sampler=SubsetRandomSampler([4, 9, 1])), None
@@ -237,6 +245,17 @@ def test_of_a_loader_its_dataset_is_taken() -> None:
     assert data.classes == 4
     assert data.test is not None
     assert [len(targets) for _, targets in data.test()] == [5, 3]
+
+
+def test_a_dataset_is_read_by_as_many_processes_as_its_loader_has() -> None:
+    names = ("read_by_processes", "loaders", "datasets", "read_by_prepared_processes")
+    opened = [load_data(f"user_data:{name}") for name in names]
+    assert [getattr(data.train, "workers", None) for data in opened] == [2, 0, 0, 0]
+    assert opened[0].test is not None
+    tested = opened[0].test()
+    assert isinstance(tested, Batches)
+    assert getattr(tested.source, "workers", None) == 1
+    assert [inputs.flatten().tolist() for inputs, _ in tested] == [[0, 1, 2, 3, 4], [5, 6, 7]]
 
 
 def test_a_loader_of_many_examples_trains_on_all_of_them_augmented_anew() -> None:
