@@ -61,11 +61,11 @@ def parser(
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     made.add_argument("--networks", default=networks, help="such as resnet56,vgg16")
     made.add_argument("--reductions", default=reductions, help="percent that is removed")
-    made.add_argument("--epochs", type=int, default=epochs, help="of every training")
-    made.add_argument("--images", type=int, default=ALL_IMAGES, help="training images")
-    made.add_argument("--test-images", type=int, default=ALL_TESTED)
+    made.add_argument("--epochs", type=_count, default=epochs, help="of every training")
+    made.add_argument("--images", type=_count, default=ALL_IMAGES, help="training images")
+    made.add_argument("--test-images", type=_count, default=ALL_TESTED)
     made.add_argument("--seeds", default="0")
-    made.add_argument("--batch-size", type=int, default=128)
+    made.add_argument("--batch-size", type=_count, default=128)
     made.add_argument("--learning-rate", type=float, default=0.05, help="of fine-tuning")
     made.add_argument("--data", help="cifar10:DIR; by default under $PARETOPRUNE_DATA")
     made.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="for checkpoints")
@@ -73,8 +73,24 @@ def parser(
     made.add_argument(
         "--report", type=parse_reports, default=(), help="robustness,energy of every network"
     )
+    made.add_argument(
+        "--report-images", type=_count, help="of the test images, for robustness; by default all"
+    )
     made.set_defaults(full_epochs=epochs)
     return made
+
+
+def _count(text: str) -> int:
+    """Returns a number of epochs or images.
+
+    Raises:
+        ValueError: If it is no number.
+        ArgumentTypeError: If it is less than 1.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {number}")
+    return number
 
 
 def names(text: str) -> list[str]:
@@ -307,18 +323,19 @@ class Bench:
             small: The pruned network.
             dense: What it came from; None takes the problem's network.
         """
-        names, few = self.options.report, self._tested
+        names, few = self.options.report, self._attacked
         before = self._dense_robust if dense is None else robust(names, dense, few)
         found = {
+            "robust_images": len(few.indices) if "robustness" in names else "",
             **{f"dense_{name}": value for name, value in before.items()},
             **robust(names, small, few),
-            **energy(names, dense or self.problem.model, small, few),
+            **energy(names, dense or self.problem.model, small, self._tested),
         }
         return {name: found[name] for name in COLUMNS}
 
     @cached_property
     def _dense_robust(self) -> Row:
-        return robust(self.options.report, self.problem.model, self._tested)
+        return robust(self.options.report, self.problem.model, self._attacked)
 
     @cached_property
     def _tested(self) -> Batches:
@@ -327,6 +344,11 @@ class Bench:
         test = self.problem.test()
         assert isinstance(test, Batches)
         return replace(test, indices=test.indices[: self.options.test_images])
+
+    @property
+    def _attacked(self) -> Batches:
+        """Those of the test images that robustness is measured on."""
+        return replace(self._tested, indices=self._tested.indices[: self.options.report_images])
 
     def costs(self, plan: PruningPlan) -> Row:
         """Returns what a plan takes away."""

@@ -133,21 +133,21 @@ def _reported(rows: list[dict[str, str]], what: str) -> str:
         "latency_ms": "ms per 128 images",
         "joules_per_1000": "J per 1,000 images",
     }
-    lines = [
-        f"| network | {what} removed | method | {' | '.join(columns.values())} | Wh | g CO2 |",
-        f"|---|---:|---|{'---:|' * (len(columns) + 2)}",
-    ]
+    heads = ["network", f"{what} removed", "method", "images", *columns.values(), "Wh", "g CO2"]
+    lines = [f"| {' | '.join(heads)} |", f"|---|---:|---|{'---:|' * (len(heads) - 3)}"]
     for row in rows:
         removed = float(row.get("macs_reduction") or row["reduction"])
         cells = [row["network"], f"{removed:.2f} %", f"**{row['method']}**"]
+        cells += [row["robust_images"] or "–"]
         cells += [
             f"{row[f'dense_{name}']} → {row[name]}" if row[name] else "–" for name in columns
         ]
         cells += [f"{1e3 * float(row['work_kwh']):.3g}" if row["work_kwh"] else "–"]
         lines.append(f"| {' | '.join([*cells, row['work_co2_grams'] or '–'])} |")
     note = (
-        "Dense network → pruned one; accuracies in percent of the row's test images. The last two "
-        "columns are what the row itself took: search, training and measuring."
+        "Dense network → pruned one; accuracies in percent of the first images of the test split, "
+        "as many as stand there. The last two columns are what the row itself took: search, "
+        "training and measuring."
     )
     return "\n".join([*lines, "", note])
 

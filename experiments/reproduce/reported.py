@@ -1,7 +1,8 @@
 """Columns that `--report` adds to a row: robustness, latency and energy, dense and pruned.
 
-Accuracies are percent, over the same test images as the row's own: under FGSM in pixel space
-(`fgsm_2`: epsilon = 2/255), and the mean over 15 corruptions of 5 severities (`corrupted`).
+Accuracies are percent, over the first `robust_images` of the test images (`--report-images`):
+under FGSM in pixel space (`fgsm_2`: epsilon = 2/255), and the mean over 15 corruptions of 5
+severities (`corrupted`).
 `latency_ms` is one forward pass of a batch of 128 images, both networks in turns;
 `joules_per_1000` is the energy of 1,000 images' forward passes; `work_kwh` and `work_co2_grams`
 are what the row itself took, its search and its training together.
@@ -25,6 +26,7 @@ ROBUST = (*(f"fgsm_{epsilon}" for epsilon in EPSILONS), "corrupted")
 ENERGY = ("latency_ms", "joules_per_1000")
 WORK = ("work_kwh", "work_co2_grams")
 COLUMNS = (
+    "robust_images",
     *(f"{prefix}{name}" for name in ROBUST for prefix in ("dense_", "")),
     *(f"{prefix}{name}" for name in ENERGY for prefix in ("dense_", "")),
 )

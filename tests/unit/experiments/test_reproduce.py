@@ -166,6 +166,7 @@ def test_epochs_again_may_be_mixed(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         (("--methods", everything.AGAIN), "needs its epochs: give --again, at least 1"),
+        (("--report-images", "0"), "--report-images: must be at least 1, but got 0"),
         (("--mixup", "0.4"), "--mixup is for the epochs of --again"),
         (("--mixup", "0.4", "--again", "1", "--draws", "1"), "do not recur (--draws 0)"),
     ],
@@ -179,13 +180,16 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_measured(
 
 
 def test_robustness_and_energy_are_columns(tmp_path: Path) -> None:
-    more = ["--reductions", "40", "--methods", "l2", "--report", "robustness,energy"]
+    more = ["--reductions", "40", "--methods", "l2", "--report", "robustness,energy",
+            "--report-images", "100"]  # fmt: skip
     places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "proscore.csv")]
     proscore.main([*SMALL, *more, *places])
     (row,) = rows(tmp_path / "proscore.csv")
+    assert (row["test_images"], row["robust_images"]) == ("120", "100")
     for name in ("fgsm_2", "fgsm_8", "corrupted"):
         assert 0 <= float(row[name]) <= 100
         assert 0 < float(row[f"dense_{name}"]) <= 100
+        assert float(row[f"dense_{name}"]) % 1 == 0 or name == "corrupted", "of 100 images"
     assert float(row["dense_fgsm_8"]) <= float(row["dense_fgsm_2"]) <= float(row["dense_accuracy"])
     assert float(row["latency_ms"]) > 0 < float(row["dense_latency_ms"])
     assert float(row["work_kwh"]) > 0
