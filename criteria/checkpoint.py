@@ -15,6 +15,7 @@ from paretoprune.criteria.drafts import drafted
 from paretoprune.surgery.progress import Lines
 
 _OPTIMIZER = "optimizer/"
+_STEP = "step"  # optimizers count on the CPU, or every step would wait for the GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,5 +87,6 @@ class Checkpoint:
             if name.startswith(_OPTIMIZER):
                 key, parameter = name.removeprefix(_OPTIMIZER).split("/", 1)
                 owner = parameters[parameter]
-                optimizer.state[owner][key] = value.to(owner.device)
+                place = value.device if key == _STEP else owner.device
+                optimizer.state[owner][key] = value.to(place)
         return int(noted["epochs"])

@@ -19,10 +19,26 @@ from paretoprune.search.metrics import device_of, evaluating, forward
 from paretoprune.search.problem import Epochs
 from paretoprune.surgery.progress import Lines
 
-FINETUNING = Training(epochs=1, learning_rate=0.02, warmup=0.05, average=0.0)
+FINETUNING = Training(epochs=1, learning_rate=0.02, warmup=0.05)
 """From weights that are nearly right: a lower rate than from scratch."""
+FINETUNING_ADAMW = Training(
+    epochs=1, learning_rate=1e-4, optimizer="adamw", warmup=0.05, weight_decay=0.05
+)
+"""Likewise, of networks that `finetuning_for` does not train by SGD."""
 DISTILLATION = 0.7
 """Weight of the dense network's outputs against the targets, where they are distilled."""
+
+
+def finetuning_for(model: nn.Module) -> Training:
+    """Returns how a network is fine-tuned: by SGD where BatchNorm normalises, else by AdamW.
+
+    Behind a BatchNorm the length of weights has no effect, which forgives the large steps of SGD
+    (Arora et al., ICLR 2019, arXiv:1812.03981). They destroy a transformer.
+    """
+    kinds = {type(module) for module in model.modules()}
+    batch = any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds)
+    other = any(issubclass(kind, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) for kind in kinds)
+    return FINETUNING if batch and not other else FINETUNING_ADAMW
 
 
 @dataclass(frozen=True)
@@ -44,13 +60,13 @@ class FineTuner:
     teacher: nn.Module | None = None
 
     @staticmethod
-    def of(problem: Problem, *, distil: bool, training: Training = FINETUNING) -> FineTuner:
+    def of(problem: Problem, *, distil: bool, training: Training | None = None) -> FineTuner:
         """Returns the trainer of a problem.
 
         Args:
             problem: With `training`.
             distil: Whether the dense network's outputs are distilled.
-            training: How else.
+            training: How else; None takes what suits the network, see `finetuning_for`.
 
         Raises:
             ValueError: If the problem has no training data, or nothing that can be distilled.
@@ -62,6 +78,7 @@ class FineTuner:
             )
         if distil:
             _check_classes(problem)
+        training = training or finetuning_for(problem.model)
         return FineTuner(
             problem.training,
             replace(training, distillation=DISTILLATION) if distil else training,

@@ -58,6 +58,7 @@ class RunSpec:
         top: How many of the front are fine-tuned.
         distil: Whether they learn from the dense network's outputs, too.
         recovery: Epochs that candidates of the strategy `everything` are trained for.
+        learning_rate: The peak of all training; None takes what suits the network.
         reports: What is measured beyond the objectives: names of `reports.REPORTS`.
         seed: Seed of data splits and sampler.
         workers: Parallel evaluations; None lets the executor decide.
@@ -84,6 +85,7 @@ class RunSpec:
     top: int = 3
     distil: bool = False
     recovery: int = 0
+    learning_rate: float | None = None
     reports: tuple[str, ...] = ()
     seed: int = 0
     workers: int | None = None

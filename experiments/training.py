@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,17 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How to train: SGD with Nesterov momentum, linear warm-up, then cosine decay to zero.
+    """How to train: linear warm-up, then cosine decay to zero.
 
     Attributes:
         epochs: Passes over the training batches; at least 1.
         learning_rate: The peak, positive.
+        optimizer: `sgd`, with Nesterov momentum, or `adamw`: Loshchilov & Hutter, ICLR 2019,
+            arXiv:1711.05101.
         warmup: Fraction of all steps before the peak, in [0, 1).
-        momentum: Nesterov momentum, in (0, 1).
-        weight_decay: L2 penalty of matrices and kernels; biases and norms have none.
+        momentum: Of the gradients, in (0, 1); the first beta of `adamw`.
+        weight_decay: L2 penalty of matrices and kernels, of `adamw` apart from the gradient;
+            biases and norms have none.
         label_smoothing: Probability mass moved to the other classes, in [0, 1). Szegedy et al.,
             CVPR 2016, arXiv:1512.00567.
         distillation: Weight of the teacher against the targets, in [0, 1]. Hinton et al., 2015,
@@ -63,6 +66,7 @@ class Training:
 
     epochs: int
     learning_rate: float
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     warmup: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -78,6 +82,7 @@ class Training:
         rules = {
             "epochs": (self.epochs >= 1, "be at least 1"),
             "learning_rate": (self.learning_rate > 0, "be positive"),
+            "optimizer": (self.optimizer in ("sgd", "adamw"), "be 'sgd' or 'adamw'"),
             "warmup": (0 <= self.warmup < 1, "lie in [0, 1)"),
             "momentum": (0 < self.momentum < 1, "lie in (0, 1)"),
             "weight_decay": (self.weight_decay >= 0, "not be negative"),
@@ -93,7 +98,7 @@ class Training:
         }
         for name, (holds, rule) in rules.items():
             if not holds:
-                raise ValueError(f"`{name}` must {rule}, but got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must {rule}, but got {getattr(self, name)!r}.")
 
 
 @runtime_checkable
@@ -349,20 +354,19 @@ def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Te
     return temperature**2 * (wise.exp() * (wise - student)).sum(1).mean()
 
 
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.dim() > 1]
     others = [parameter for parameter in trained if parameter.dim() <= 1]
-    groups = [
+    both = [
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        momentum=training.momentum,
-        nesterov=True,
-    )
+    groups = [group for group in both if group["params"]]
+    rate, momentum = training.learning_rate, training.momentum
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.999))
+    return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=True)
 
 
 @contextmanager

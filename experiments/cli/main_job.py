@@ -119,6 +119,14 @@ def search(
             help="With --strategy everything, train every candidate for so many epochs.",
         ),
     ] = 0,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Peak learning rate of fine-tuning and recovery.",
+            show_default="0.02 by SGD with BatchNorm, else 0.0001 by AdamW",
+        ),
+    ] = None,
     report: Annotated[
         str,
         typer.Option(
@@ -200,6 +208,7 @@ def search(
         top=top,
         distil=distill,
         recovery=recovery,
+        learning_rate=learning_rate,
         report=report,
         objectives=objectives,
         granularity=granularity,

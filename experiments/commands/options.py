@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -41,6 +42,7 @@ class SearchOptions:
     top: int | None = None
     distil: bool = False
     recovery: int = 0
+    learning_rate: float | None = None
     report: str = ""
     objectives: str = "loss,macs"
     granularity: str = "group"
@@ -81,8 +83,15 @@ class SearchOptions:
                 f"--top {self.top} says how many are fine-tuned, but none are: give --finetune "
                 f"EPOCHS, or leave --top out."
             )
-        if self.distil and not self.finetune and not self.recovery:
-            raise ValueError("--distill needs a training: give --finetune EPOCHS.")
+        if not self.finetune and not self.recovery:
+            for name, given in (
+                ("--distill", self.distil),
+                ("--learning-rate", self.learning_rate),
+            ):
+                if given:
+                    raise ValueError(f"{name} needs a training: give --finetune EPOCHS.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate is positive, but got {self.learning_rate}.")
         return RunSpec(
             model=self.model,
             flops=parse_flops(self.flops),
@@ -99,6 +108,7 @@ class SearchOptions:
             top=TOP if self.top is None else self.top,
             distil=self.distil,
             recovery=self.recovery,
+            learning_rate=self.learning_rate,
             reports=parse_reports(self.report),
             seed=self.seed,
             workers=self.workers,

@@ -17,7 +17,7 @@ from paretoprune.experiments.commands.best_report import report_best
 from paretoprune.experiments.commands.front import print_result, view_of
 from paretoprune.experiments.commands.options import SearchOptions
 from paretoprune.experiments.commands.progress import SearchProgress, long_step, progress_console
-from paretoprune.experiments.finetuning import FineTuner
+from paretoprune.experiments.finetuning import FineTuner, finetuning_for
 from paretoprune.experiments.measuring.counting import thop_macs
 from paretoprune.experiments.measuring.energy import energy_of_run, metered
 from paretoprune.experiments.measuring.reports import check_reports
@@ -277,7 +277,10 @@ def finetuning_of(spec: RunSpec, problem: Problem) -> Finetuning | None:
     """Returns how a run trains; None if it does not."""
     if not spec.finetune and not spec.recovery:
         return None
-    trainer = FineTuner.of(problem, distil=spec.distil)
+    training = finetuning_for(problem.model)
+    if spec.learning_rate is not None:
+        training = replace(training, learning_rate=spec.learning_rate)
+    trainer = FineTuner.of(problem, distil=spec.distil, training=training)
     return Finetuning(trainer, epochs=spec.finetune, top=spec.top, recovery=spec.recovery)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -76,10 +76,13 @@ def test_the_learning_rate_warms_up_and_decays_to_zero(monkeypatch: pytest.Monke
     assert 0 < rates[-1] < 0.01
 
 
-def test_biases_and_norms_do_not_decay() -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_biases_and_norms_do_not_decay(optimizer: Literal["sgd", "adamw"]) -> None:
     model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
     zero_loss = [(torch.zeros(4, 4), torch.zeros(4).long())]
-    settings = Training(epochs=1, learning_rate=0.1, weight_decay=1.0, warmup=0.0)
+    settings = Training(
+        epochs=1, learning_rate=0.1, optimizer=optimizer, weight_decay=1.0, warmup=0.0
+    )
     trained = train(model, zero_loss, settings, loss=lambda outputs, _: outputs.sum() * 0)
     for name in ("0.bias", "1.weight", "1.bias"):
         assert torch.equal(trained.state_dict()[name], model.state_dict()[name])
@@ -158,12 +161,14 @@ EVERYTHING = Training(
 )
 
 
-@pytest.mark.parametrize("draws", [0, 2])
+@pytest.mark.parametrize(
+    "other", [{}, {"draws": 2}, {"optimizer": "adamw", "learning_rate": 0.01}], ids=str
+)
 @pytest.mark.parametrize("breaks", [0, 2, 3])
 def test_a_broken_training_goes_on_and_ends_the_same_bit_for_bit(
-    tmp_path: Path, breaks: int, draws: int
+    tmp_path: Path, breaks: int, other: dict[str, Any]
 ) -> None:
-    teacher, settings = convolutional(8), replace(EVERYTHING, draws=draws)
+    teacher, settings = convolutional(8), replace(EVERYTHING, **other)
     whole = train(convolutional(), small_images(), settings, teacher=teacher)
     file = tmp_path / "training.part"
     breaking = small_images(Breaking)

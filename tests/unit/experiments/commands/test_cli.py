@@ -146,6 +146,14 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         [*SEARCH, "--flops", "50%", "--distill"],
         "--distill needs a training: give --finetune EPOCHS",
     ),
+    "a learning rate without training": (
+        [*SEARCH, "--flops", "50%", "--learning-rate", "0.1"],
+        "--learning-rate needs a training: give --finetune EPOCHS",
+    ),
+    "a learning rate that is none": (
+        [*SEARCH, "--flops", "50%", "--finetune", "1", "--learning-rate", "nan"],
+        "--learning-rate is positive, but got nan",
+    ),
     "recovery of candidates that are not trained": (
         [*SEARCH, "--flops", "50%", "--recovery", "5"],
         "recovery trains the candidates of the strategy everything alone, but got 5 epochs",

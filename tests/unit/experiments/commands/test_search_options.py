@@ -232,6 +232,14 @@ def test_a_search_reports_on_its_best_network(
     assert file.stat().st_mtime_ns == before  # the same network is not measured again
 
 
+def test_a_search_trains_at_the_rate_that_it_is_given(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--flops", "60%", "--trials", "1", "--finetune", "1", "--top", "1"]
+    assert search(untrained, tmp_path, "wild", *options, "--learning-rate", "1e30") == 1
+    assert "take a lower learning rate than 1e+30" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_database_holds_one_search(
     untrained: str,
     tmp_path: Path,
