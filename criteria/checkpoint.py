@@ -65,7 +65,7 @@ class Checkpoint:
         Args:
             networks: As they were given to `write`.
             optimizer: Likewise.
-            progress: Receives a line where the file is that of another training.
+            progress: Receives a line where the file is that of another training, or damaged.
         """
         try:
             with safe_open(self.file, "pt") as stored:
@@ -77,7 +77,10 @@ class Checkpoint:
                     )
                     return 0
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):  # not there, or half written when power was lost
+        except FileNotFoundError:
+            return 0
+        except (OSError, SafetensorError) as error:  # half written when power was lost
+            progress(f"{self.file} cannot be read ({error}); this training begins anew")
             return 0
         for name, network in networks.items():
             own = network.state_dict()

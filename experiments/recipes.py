@@ -241,6 +241,12 @@ def _check_network(model: nn.Module, data: Data, *, exact: bool = False) -> None
     Raises:
         ValueError: If they do not fit each other.
     """
+    labels = data.train.labels() if data.whole else None
+    if labels is not None and int(labels.min()) == int(labels.max()):
+        raise ValueError(
+            f"all training examples of {data.name} have the class {int(labels[0])}, so that there "
+            f"is nothing to tell apart."
+        )
     inputs, targets = float32(data.train.read(torch.arange(min(2, len(data.train)))))
     if data.classes is not None:  # too few classes are told below, in words of the data
         targets = torch.zeros_like(targets)
@@ -248,12 +254,15 @@ def _check_network(model: nn.Module, data: Data, *, exact: bool = False) -> None
     check_problem(Problem(model, inputs, calibration=[batch], validation=[batch]))
     with evaluating(model), torch.no_grad():
         outputs = forward(model, inputs)
-    if data.classes is None or not isinstance(outputs, Tensor) or outputs.dim() != 2:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
         return
-    if outputs.shape[1] < data.classes or (exact and outputs.shape[1] != data.classes):
+    told, there = outputs.shape[1], data.classes
+    if there is not None and (told < there or (exact and told != there)):
+        raise ValueError(f"the network tells {told} classes apart, but {data.name} has {there}.")
+    if data.test_classes is not None and told < data.test_classes:
         raise ValueError(
-            f"the network tells {outputs.shape[1]} classes apart, but {data.name} has "
-            f"{data.classes}."
+            f"the network tells {told} classes apart, but the test set of {data.name} has "
+            f"{data.test_classes}."
         )
 
 

@@ -108,7 +108,7 @@ def train_and_keep(
         weights: Keeps where training began, its checkpoint, its log, and its result.
         kind: Name of the result.
     """
-    if not weights.file(plan, _start(kind)).exists():
+    if not weights.whole(plan, _start(kind)):
         weights.write(begin(), plan, _start(kind))
     # read back even the first time: a resumed training must begin at the same bits and layout
     network = _begun(problem, graph, plan, weights, kind)
@@ -204,7 +204,7 @@ class FinetuningTasks:
 
     Args:
         records: Which are to be fine-tuned; those that were are left out, those whose fine-tuning
-            failed are not.
+            failed or whose weights are lost are not.
         seed: Of every training.
         weights: Where its results must be.
         finished: Called with every record and what became of it.
@@ -221,9 +221,10 @@ class FinetuningTasks:
         self._weights = weights
         self._notify = finished
         self._queue = [
-            one
+            replace(one, finetuned=None)
             for one in records
-            if not isinstance(one.finetuned, Completed) and one.plan is not None
+            if one.plan is not None
+            and not (isinstance(one.finetuned, Completed) and weights.whole(one.plan, FINETUNED))
         ]
         self._waiting: dict[str, Record] = {}
 
@@ -241,7 +242,7 @@ class FinetuningTasks:
         """Deletes what a ledger has of these plans, unless it is of use: they are tried again."""
         for plan in self.kinds:
             done = isinstance(ledger.read(key_of(plan)), Completed)
-            if not (done and self._weights.file(plan, FINETUNED).exists()):
+            if not (done and self._weights.whole(plan, FINETUNED)):
                 ledger.forget(key_of(plan))
 
     def next(self) -> Task | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +43,14 @@ class Weights:
         """Returns where the weights of a plan are; `kind` tells several of one plan apart."""
         return self.folder / f"{key_of(plan)}-{kind}.safetensors"
 
+    def whole(self, plan: PruningPlan, kind: str) -> bool:
+        """Returns whether the weights of a plan are there; lost power may leave half a file."""
+        try:
+            with safe_open(self.file(plan, kind), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
     def write(self, network: nn.Module, plan: PruningPlan, kind: str) -> None:
         """Writes the weights of the network of a plan whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +68,7 @@ class Weights:
             kind: As they were written.
 
         Raises:
-            ValueError: If they are not there, or are those of another network.
+            ValueError: If they are not there, damaged, or those of another network.
         """
         file = self.file(plan, kind)
         if not file.exists():
@@ -67,8 +76,15 @@ class Weights:
                 f"trained weights are missing: {file} is not there; on a cluster all nodes need "
                 f"the run's folder under the same path."
             )
+        try:
+            state = load_file(file)
+        except SafetensorError as error:
+            again = "; a resumed search trains them again" if kind == FINETUNED else ""
+            raise ValueError(
+                f"trained weights are damaged: {file} cannot be read ({error}){again}."
+            ) from error
         network = prune(model, graph, plan)
-        odd = network.load_state_dict(load_file(file), strict=False)
+        odd = network.load_state_dict(state, strict=False)
         lacking = [name for name in odd.missing_keys if not name.endswith(EXTRA_STATE)]
         if names := [*lacking, *odd.unexpected_keys]:
             raise ValueError(

@@ -21,6 +21,7 @@ from paretoprune.criteria import CRITERIA
 from paretoprune.experiments import recipes
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.benchmarks.search_plot import grown
+from paretoprune.experiments.cli import main_job, research  # noqa: F401  they add the commands
 from paretoprune.experiments.cli.app import app
 from paretoprune.experiments.training import Training, train
 from paretoprune.surgery.progress import Lines, silent

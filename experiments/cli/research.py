@@ -10,6 +10,7 @@ import typer
 from paretoprune.experiments.cli.app import app
 from paretoprune.experiments.cli.options import (
     RUNS,
+    AsJson,
     Data,
     Exclude,
     MaxRatio,
@@ -69,6 +70,7 @@ def compare(
     ] = None,
     runs_dir: RunsDir = RUNS,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare criteria one-shot at equal FLOPs: table, CSV, plot and a run in MLflow."""
     from paretoprune.experiments.commands import compare as command
@@ -86,6 +88,7 @@ def compare(
         to=to,
         runs_dir=runs_dir,
         quiet=quiet,
+        as_json=as_json,
     )
 
 

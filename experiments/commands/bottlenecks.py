@@ -15,6 +15,7 @@ from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.experiments.comparison import Comparison
 from paretoprune.experiments.exporting.card import load_call
 from paretoprune.experiments.exporting.export import check_destination
+from paretoprune.experiments.places import check_folder
 from paretoprune.experiments.runs import SALIENCY_DIR
 from paretoprune.experiments.units import format_count, format_percent, parse_flops
 from paretoprune.search import Problem, checks
@@ -44,6 +45,7 @@ def bottlenecks(
     chosen = checks.criteria_by_name([criterion])
     if not 1 < factor < math.inf:
         raise ValueError(f"a widening factor is a finite number above 1, but got {factor}.")
+    check_folder(runs_dir)  # for the saliencies
     if to is not None:
         check_destination(to)
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)

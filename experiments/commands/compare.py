@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
+import typer
 from rich import box
 from rich.table import Table
 
@@ -16,6 +18,7 @@ from paretoprune.criteria import CRITERIA, Bounds, CostClass, largest_macs, smal
 from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
 from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Ranking, Shot
+from paretoprune.experiments.places import check_folder
 from paretoprune.experiments.runs import SALIENCY_DIR, comparison_dir
 from paretoprune.experiments.showing.comparison_plot import comparison_png
 from paretoprune.experiments.tracking.mlflow_runs import log_comparison
@@ -42,8 +45,9 @@ def compare(
     to: Path | None,
     runs_dir: Path,
     quiet: bool,
+    as_json: bool = False,
 ) -> None:
-    """Measures every criterion at every target and writes what came out.
+    """Measures every criterion at every target, writes what came out and prints it.
 
     Raises:
         ValueError: If an argument cannot be meant.
@@ -52,8 +56,8 @@ def compare(
     targets = [parse_flops(part) for part in flops.split(",")]
     names = CHEAP if criteria is None else tuple(n.strip() for n in criteria.split(","))
     chosen = checks.criteria_by_name(names)
-    if to is not None and to.exists() and not to.is_dir():
-        raise ValueError(f"--to takes a folder, but {to} is a file.")
+    for folder in (runs_dir, *([] if to is None else [to])):  # the first for the saliencies
+        check_folder(folder)
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
     for target in targets:
         checks.check_reachable(graph, target, bounds, blocks=blocks)
@@ -73,19 +77,35 @@ def compare(
     figure = comparison_png(shots, f"{problem.name}: criteria one-shot, search split")
     picture = folder / "criteria.png"
     figure.savefig(picture)
-    out = results_console()
-    out.print(
-        f"{problem.name}: {'accuracy' if shots[0].accuracy is not None else 'loss'} on the search "
-        "split by MACs left (the papers' FLOPs); plain / recalibrated / reconstructed"
-    )
-    out.print(table(shots, targets))
-    if missing := _left_out(shots, chosen, rankings, targets):
-        out.print(f"left out, with no plan within 1 % under the target: {', '.join(missing)}")
-    out.print(f"written: {file} and {picture}", soft_wrap=True)
+    missing = _left_out(shots, chosen, rankings, targets)
+    if as_json:
+        facts = {"problem": problem.name, "csv": str(file), "plot": str(picture)}
+        rows = [asdict(shot) for shot in shots]
+        typer.echo(json.dumps({**facts, "shots": rows, "left_out": missing}, indent=2))
+    else:
+        _print(shots, targets, missing, f"written: {file} and {picture}", problem.name)
     try:
         log_comparison(store_of(runs_dir), problem.name, flops, shots, (file, picture))
     except Exception as error:  # what was measured is on disk, and MLflow is only a view of it
         print(f"MLflow was not written: {one_line(error)[:200]}", file=sys.stderr)
+
+
+def _print(
+    shots: Sequence[Shot],
+    targets: Sequence[float | int],
+    missing: Sequence[str],
+    written: str,
+    name: str,
+) -> None:
+    out = results_console()
+    out.print(
+        f"{name}: {'accuracy' if shots[0].accuracy is not None else 'loss'} on the search "
+        "split by MACs left (the papers' FLOPs); plain / recalibrated / reconstructed"
+    )
+    out.print(table(shots, targets))
+    if missing:
+        out.print(f"left out, with no plan within 1 % under the target: {', '.join(missing)}")
+    out.print(written, soft_wrap=True)
 
 
 def _without_plans(

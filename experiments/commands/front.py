@@ -53,6 +53,9 @@ def print_result(
 
 def _print_front(view: SearchView, folder: Path) -> None:
     console = results_console()
+    if not view.records:
+        console.print(f"No trial of [bold]{folder.name}[/bold] is finished yet.")
+        return
     console.print(
         f"Pareto front of [bold]{folder.name}[/bold] after {len(view.records)} trials: no other "
         f"trial has {advantages(view)} at once; MACs are the papers' FLOPs, loss and accuracy "

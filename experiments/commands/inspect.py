@@ -124,10 +124,10 @@ def _parts(name: str, facts: dict[str, Any]) -> Iterator[Table | str]:
 
 def _table(first: str, numbers: tuple[str, ...], last: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(last)
+    table.add_column(last, overflow="fold")
     return table
 
 

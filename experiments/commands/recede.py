@@ -15,6 +15,7 @@ from paretoprune.criteria.receding import Receding, recede
 from paretoprune.experiments.commands.progress import long_step, progress_console
 from paretoprune.experiments.commands.stages import Stages
 from paretoprune.experiments.commands.traced import traced_problem
+from paretoprune.experiments.places import check_folder
 from paretoprune.search import checks, evaluate
 from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.layout import channels_last
@@ -47,6 +48,7 @@ def recede_network(
         raise ValueError(f"--to takes a file that ends in .safetensors, but got {to}.")
     if to.exists():
         raise ValueError(f"{to} exists already; take another --to.")
+    check_folder(to.parent)
     to.parent.mkdir(parents=True, exist_ok=True)
     problem, graph = traced_problem(
         model, data=data, weights=weights, seed=settings["seed"], quiet=quiet

@@ -21,6 +21,7 @@ from paretoprune.experiments.finetuning import FineTuner, finetuning_for
 from paretoprune.experiments.measuring.counting import thop_macs
 from paretoprune.experiments.measuring.energy import energy_of_run, metered
 from paretoprune.experiments.measuring.reports import check_reports
+from paretoprune.experiments.places import check_folder
 from paretoprune.experiments.recipes import RECIPES, build_problem
 from paretoprune.experiments.references import load_weights
 from paretoprune.experiments.runs import RunSpec
@@ -63,6 +64,7 @@ def search(
 ) -> str:
     """Runs a search in a new run folder, prints its front, and returns the run's name."""
     spec = options.checked()
+    check_folder(runs_dir)
     if run is not None:
         runs.check_name(runs_dir, run)
     if spec.storage is not None:
@@ -213,8 +215,8 @@ def _search(
         view = view_of(folder, spec)
         print_result(view, folder, as_json)
         typer.echo(
-            f"interrupted after {len(view.records)} of {spec.trials} trials, which are kept; "
-            f"continue with: paretoprune resume {_named(folder)}",
+            f"{len(view.records)} of {spec.trials} trials are done and kept; continue with: "
+            f"paretoprune resume {_named(folder)}",
             err=True,
         )
         raise typer.Exit(130) from None

@@ -169,6 +169,8 @@ def _transforms(
 
 def _image_folders(directory: Path) -> tuple[Path, Path]:
     """Returns the training and the test folder, which have the same classes."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no folder of images: it is not there, or a file.")
     train = directory / "train"
     test = next((directory / n for n in ("val", "test") if (directory / n).is_dir()), None)
     if not train.is_dir() or test is None:

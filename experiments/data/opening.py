@@ -64,12 +64,15 @@ class Data:
             no test set. Nothing of it is read before, beyond the form of an example.
         whole: Whether `train` has all training examples; a part can be searched with, but its
             classes need not be all, and nothing is trained on it.
+        test_classes: Number of classes of the test set; None where that is known only as it is
+            read.
     """
 
     name: str
     train: Source
     test: Callable[[], Iterable[Batch]] | None
     whole: bool = True
+    test_classes: int | None = None
 
     @property
     def classes(self) -> int | None:
@@ -127,10 +130,11 @@ def _from_function(reference: str, seed: int) -> Data:
             )
         train, test = returned
         source, whole = _given_source(train, reference)
-        _check_labels(source, reference)
-        _check_test(test, reference)
+        _check_labels(source.labels(), reference)
+        labels = _checked_test(test, reference)
     batches = None if test is None else partial(_given_batches, test, reference)
-    return Data(reference, source, batches, whole)
+    test_classes = None if labels is None else int(labels.max()) + 1
+    return Data(reference, source, batches, whole, test_classes)
 
 
 def _given_source(given: Any, reference: str) -> tuple[Source, bool]:
@@ -157,26 +161,34 @@ def _demand_examples(dataset: Any, given: Any, kind: str, reference: str) -> Non
         raise _without_examples(kind, reference)
 
 
-def _check_labels(source: Source, reference: str) -> None:
-    labels = source.labels()
+def _check_labels(labels: Tensor | None, reference: str) -> None:
     if labels is not None and (least := int(labels.min())) < 0:
         raise ValueError(f"classes count from 0, but {reference} has the label {least}.")
 
 
-def _check_test(given: Any, reference: str) -> None:
-    """Verifies the form of a test set, before long work, as far as one example tells.
+def _checked_test(given: Any, reference: str) -> Tensor | None:
+    """Returns the classes of a test set that was verified before long work; None if unknown.
 
-    A loader with batches of its own is left alone: a stream may not give them twice.
+    That is, as far as one example and what lists classes tell. A loader with batches of its own
+    is left alone: a stream may not give them twice.
     """
     dataset = _dataset_of(given) if isinstance(given, DataLoader) else given
     if dataset is None:
-        return
+        return None
     _demand_examples(dataset, given, "test", reference)
     name = _test_name(reference)
     if isinstance(given, (list, tuple)):
-        checked(given[0], name)
+        targets = [checked(batch, name)[1] for batch in given]
+        if not sum(map(len, targets)):
+            raise _without_examples("test", reference)
+        flat = all(one.dim() == 1 for one in targets)
+        labels = ExampleArray(None, torch.cat(targets)).labels() if flat else None
     else:
-        DatasetSource(dataset, name=name).read(torch.tensor([0]))
+        source = DatasetSource(dataset, name=name)
+        source.read(torch.tensor([0]))
+        labels = source.labels()
+    _check_labels(labels, name)
+    return labels
 
 
 def _test_name(reference: str) -> str:

@@ -23,6 +23,8 @@ from paretoprune.surgery.inputs import has_rows, join_rows
 _COMPARED = 4
 """Examples that are read to see whether a dataset gives the classes that it lists."""
 
+_NARROW = (torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
+
 
 class Source(Protocol):
     """Labelled examples in a fixed order."""
@@ -268,7 +270,9 @@ def _classes(targets: Tensor, size: int) -> Tensor | None:
 
 
 def checked(batch: Any, name: str) -> Batch:
-    """Returns a batch that was verified to be (inputs, targets).
+    """Returns a batch that was verified to be (inputs, targets); whole numbers become int64.
+
+    Torch's losses take no classes of int32, which NumPy and other libraries give; bytes stay.
 
     Args:
         batch: As a dataset or loader gave it.
@@ -285,7 +289,7 @@ def checked(batch: Any, name: str) -> Batch:
             f"of {name} is a {type(batch).__name__}{of}."
         )
     inputs, targets = parts
-    return inputs, targets
+    return inputs, targets.long() if targets.dtype in _NARROW else targets
 
 
 def picked(inputs: Any, indices: Tensor) -> Any:

@@ -21,6 +21,7 @@ from paretoprune.experiments.exporting.card import CardFacts, Measured, model_ca
 from paretoprune.experiments.exporting.formats import ExportFailed, Written, write_format
 from paretoprune.experiments.measuring.counting import thop_macs
 from paretoprune.experiments.measuring.reports import REPORTS, Report, check_reports
+from paretoprune.experiments.places import check_folder
 from paretoprune.experiments.references import first_line
 from paretoprune.experiments.runs import library_versions
 from paretoprune.search import Batch, Completed, Problem, Record
@@ -67,10 +68,11 @@ def check_destination(directory: Path) -> None:
     """Verifies that an export may be written; to be called before long work.
 
     Raises:
-        ValueError: If something is there already.
+        ValueError: If something is there already, or the folder above it cannot be written.
     """
     if directory.exists():
         raise ValueError(f"{directory} exists already; export into a new folder.")
+    check_folder(directory.parent)
 
 
 def export(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import time
 import warnings
@@ -63,6 +64,7 @@ def metered() -> Iterator[Meter]:
     """Yields a meter that is filled in when the work is done; zeros where nothing is counted."""
     from codecarbon import OfflineEmissionsTracker
 
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # `log_level` comes too late
     meter = Meter()
     with _unwarned():
         tracker = OfflineEmissionsTracker(

@@ -14,6 +14,7 @@ from paretoprune.experiments.measuring.energy import check_energy, inference_ene
 from paretoprune.experiments.measuring.robustness import images_of, robustness, summary
 from paretoprune.search import Batch, Problem
 from paretoprune.search.checks import check_name
+from paretoprune.search.evaluation import on_device
 from paretoprune.surgery.progress import Progress
 
 ENERGY_SECONDS = 5.0
@@ -68,7 +69,9 @@ def _robustness(
     problem: Problem, dense: nn.Module, small: nn.Module, progress: Progress
 ) -> Report:
     batches = _test_images(problem)
-    before, after = (robustness(each, batches, progress=progress) for each in (dense, small))
+    before, after = (
+        robustness(on_device(each), batches, progress=progress) for each in (dense, small)
+    )
     shown = ", ".join(
         f"{name} {100 * after[key]:.2f} % (dense {100 * before[key]:.2f} %)"
         for name, key in (("FGSM 8/255", "fgsm_8"), ("corrupted", "corrupted"))

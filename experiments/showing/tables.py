@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Completed, ParetoFront, Record
@@ -126,6 +128,10 @@ def front_csv(rows: Sequence[Row]) -> str:
 
 WORDS = ("criterion and allocation", "blocks removed")
 """Heads of the last columns in a table of the front, those of `words`."""
+_WORDS_ROOM = 16
+"""Characters that a column of words has at least, if its words need them."""
+_LESS_WANTED = (*reversed(WORDS), "params", "share")
+"""Heads of the columns that narrow terminals do without, in this order."""
 
 
 def number_heads(dense_metrics: Mapping[str, float]) -> list[str]:
@@ -178,7 +184,9 @@ def _timed(latency: float | None) -> list[str]:
     return [] if latency is None else [f"{latency:.3g} ms"]
 
 
-def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, float]) -> Table:
+def front_table(
+    rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, float]
+) -> FrontTable:
     """Returns a table of at most 100 columns with the dense network as its first line.
 
     Args:
@@ -186,21 +194,57 @@ def front_table(rows: Sequence[Row], dense: Cost, dense_metrics: Mapping[str, fl
         dense: Cost of the dense network.
         dense_metrics: Its `loss` and `accuracy` on the search split.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in number_heads(dense_metrics):
-        table.add_column(name, justify="right", no_wrap=True)
-    finetuned = any(row.finetuned_loss is not None or row.finetuning_error for row in rows)
-    if finetuned:
-        table.add_column("fine-tuned", justify="right", no_wrap=True)
-    for name in WORDS:
-        table.add_column(name)
-    beside = ["–"] if finetuned else []
-    table.add_row(*dense_numbers(dense, dense_metrics), *beside, "–", "–", style="dim")
-    for row in rows:
-        if finetuned:
-            beside = [_finetuned(row)]
-        table.add_row(*numbers(row), *beside, *words(row, most_blocks=2))
-    return table
+    heads = number_heads(dense_metrics)
+    lines = [dense_numbers(dense, dense_metrics), *map(numbers, rows)]
+    if any(row.finetuned_loss is not None or row.finetuning_error for row in rows):
+        heads.append("fine-tuned")
+        for line, cell in zip(lines, ("–", *map(_finetuned, rows)), strict=True):
+            line.append(cell)
+    texts = [["–", "–"], *(words(row, most_blocks=2) for row in rows)]
+    whole = [[*line, *text] for line, text in zip(lines, texts, strict=True)]
+    return FrontTable((*heads, *WORDS), whole)
+
+
+@dataclass(frozen=True, slots=True)
+class FrontTable:
+    """A table for rich that leaves out whole columns where there is no room, and cuts no number.
+
+    Attributes:
+        heads: Of the columns.
+        lines: Cells under them; those of the dense network first.
+    """
+
+    heads: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        absent: list[str] = []
+        for head in _LESS_WANTED:
+            needed = [self._width(one) for one in self.heads if one not in absent]
+            if sum(needed) + 2 * len(needed) - 1 > options.max_width:  # with what lies between
+                absent.append(head)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        for head in self.heads:
+            if head in WORDS and head not in absent:
+                table.add_column(head, overflow="fold")
+            elif head not in absent:
+                table.add_column(head, justify="right", no_wrap=True)
+        for number, line in enumerate(self.lines):
+            cells = dict(zip(self.heads, line, strict=True))
+            shown = [cell for head, cell in cells.items() if head not in absent]
+            table.add_row(*shown, style=None if number else "dim")
+        yield table
+        if absent:
+            yield Text(f"without room for: {', '.join(absent)}", "dim")
+
+    def _width(self, head: str) -> int:
+        """Returns how many characters a column needs; words are put below each other."""
+        at = self.heads.index(head)
+        cells = [head, *(line[at] for line in self.lines)]
+        if head in WORDS:
+            parts = [part for cell in cells for part in cell.split()]
+            return min(_WORDS_ROOM, max(map(len, parts)))
+        return max(len(part) for cell in cells for part in cell.splitlines())
 
 
 def kept_units(

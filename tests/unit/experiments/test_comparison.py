@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -91,8 +92,15 @@ def test_a_target_without_a_plan_is_left_out_and_named(
     assert run("compare", untrained, tmp_path, *options) == 0
     said = capsys.readouterr().out
     assert "no plan within 1 % under the target: l2 at 0.4%, l2, with blocks at 0.4%" in said
-    rows = (tmp_path / "comparisons" / "digits-1" / "criteria.csv").read_text().splitlines()
-    assert {row["target"] for row in csv.DictReader(rows)} == {"0.8"}
+    file = tmp_path / "comparisons" / "digits-1" / "criteria.csv"
+    rows = [*csv.DictReader(file.read_text().splitlines())]
+    assert {row["target"] for row in rows} == {"0.8"}
+    assert run("compare", untrained, tmp_path, *options, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["left_out"] == ["l2 at 0.4%", "l2, with blocks at 0.4%"]
+    assert [(one["recovery"], round(one["loss"], 4)) for one in told["shots"]] == [
+        (row["recovery"], float(row["loss"])) for row in rows
+    ]
 
 
 def test_a_comparison_puts_its_own_files_alone_into_mlflow(

@@ -63,6 +63,14 @@ def loader():
 def collating():
     return DataLoader(pairs(), batch_size=100, collate_fn=lambda x: default_collate(x)), None
 
+def unseen():
+    labels = torch.arange(80) % 10
+    test = TensorDataset(torch.rand(8, 1, 8, 8), torch.arange(8) + 4)
+    return TensorDataset(torch.rand(80, 1, 8, 8), labels), test
+
+def alike():
+    return TensorDataset(torch.rand(80, 1, 8, 8), torch.full((80,), 3)), None
+
 def text():
     return "net"
 """
@@ -283,6 +291,8 @@ def test_a_function_may_return_a_problem() -> None:
         ("user_nets:net", None, "user_nets:net needs data; give --data cifar10:DIR"),
         ("torchvision:resnet18", None, "torchvision:resnet18 needs data"),
         ("user_nets:narrow", "digits", "tells 4 classes apart, but digits has 10"),
+        ("user_nets:net", "user_nets:unseen", "10 classes apart, but the test set of .* has 12"),
+        ("user_nets:net", "user_nets:alike", "have the class 3, so that there is nothing to tell"),
         ("user_nets:broken", None, "does not take a batch"),
         ("user_nets:problem", "digits", "brings its own data; leave --data out"),
         ("user_nets:empty", None, "must have at least one batch"),

@@ -213,10 +213,21 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path: Path) -> None:
     train(convolutional(), small_images(), Training(epochs=1, learning_rate=0.1), checkpoint=file)
     settings = Training(epochs=1, learning_rate=0.2)
     fresh = train(convolutional(), small_images(), settings)
-    found = train(convolutional(), small_images(), settings, checkpoint=file)
+    lines: list[str] = []
+    found = train(
+        convolutional(), small_images(), settings, checkpoint=file, progress=lines.append
+    )
     assert torch.equal(fresh.state_dict()["0.weight"], found.state_dict()["0.weight"])
     file.write_bytes(file.read_bytes()[:100])  # power was lost
-    found = train(convolutional(), small_images(), settings, checkpoint=file)
+    found = train(
+        convolutional(), small_images(), settings, checkpoint=file, progress=lines.append
+    )
+    assert [line for line in lines if str(file) in line] == [
+        f"{file} is of a training with another network, other data or other settings; it is not "
+        f"taken, and this one begins anew",
+        f"{file} cannot be read (Error while deserializing header: invalid header "
+        f"length); this training begins anew",
+    ]
     assert torch.equal(fresh.state_dict()["0.weight"], found.state_dict()["0.weight"])
 
 

@@ -295,6 +295,42 @@ def test_it_goes_on_where_it_was_interrupted(
     assert left_over == {".safetensors", ".log", ".json"}
 
 
+def cut(file: Path) -> None:
+    """Leaves half of a file, as lost power may."""
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def test_trained_weights_that_were_cut_are_said_and_trained_again(
+    problem: Problem, tmp_path: Path
+) -> None:
+    front = run(problem, tmp_path, trained(problem))
+    plan = next(one.plan for one in front.records if one.finetuned is not None)
+    assert plan is not None
+    weights = Weights.of_run(tmp_path)
+    file, graph = weights.file(plan, FINETUNED), trace(problem.model, problem.example_inputs)
+    before = file.read_bytes()
+    cut(file)
+    with pytest.raises(ValueError, match=rf"damaged: {file} cannot be read .*; a resumed"):
+        weights.network(problem.model, graph, plan, FINETUNED)
+    again = run(problem, tmp_path, trained(problem))
+    assert file.read_bytes() == before
+    for one, other in zip(front.records, again.records, strict=True):
+        assert one.finetuned_metrics == other.finetuned_metrics
+
+
+def test_a_training_whose_beginning_was_cut_begins_anew(problem: Problem, tmp_path: Path) -> None:
+    whole = run(problem, tmp_path / "whole", trained(problem))
+    Interrupting.epochs_left = 1
+    with pytest.raises(SearchInterrupted):
+        run(problem, tmp_path / "run", trained(problem, Interrupting))
+    Interrupting.epochs_left = 10**9
+    (start,) = (tmp_path / "run" / "weights").glob("*-start.safetensors")
+    cut(start)
+    resumed = run(problem, tmp_path / "run", trained(problem, Interrupting))
+    for one, other in zip(whole.records, resumed.records, strict=True):
+        assert one.finetuned_metrics == other.finetuned_metrics
+
+
 def test_a_kill_after_the_last_epoch_costs_no_training(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from paretoprune.experiments.__main__ import main
+from paretoprune.experiments.cli import main_job, research  # noqa: F401  they add the commands
 from paretoprune.experiments.cli.app import app
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.runs import RunSpec, create_run
@@ -109,7 +113,10 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         ["search", "digits", "--flops", "50%", "--weights", "other.safetensors"],
         "does not fit ResNet: it lacks",
     ),
-    "missing data": ([*SEARCH, "--flops", "50%", "--data", "imagefolder:nix"], "nix"),
+    "missing data": (
+        [*SEARCH, "--flops", "50%", "--data", "imagefolder:nix"],
+        "nix is no folder of images: it is not there",
+    ),
     "data of another shape": (
         [*SEARCH, "--flops", "50%", "--data", "somebodys_own:large"],
         "to have 1 channels",
@@ -193,7 +200,27 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
     ),
     "a comparison into a file": (
         ["compare", *DIGITS, "--flops", "50%", "--to", "broken.py"],
-        "--to takes a folder, but broken.py is a file",
+        "broken.py cannot be a folder, because broken.py is none",
+    ),
+    "a comparison below a file": (
+        ["compare", *DIGITS, "--flops", "50%", "--to", "broken.py/x"],
+        "broken.py/x cannot be a folder, because ",
+    ),
+    "runs below a file": (
+        [*SEARCH, "--flops", "50%", "--runs-dir", "broken.py/x"],
+        "broken.py/x cannot be a folder, because ",
+    ),
+    "exporting below a file": (
+        ["export", "taken", "--to", "broken.py/x"],
+        "broken.py cannot be a folder, because broken.py is none",
+    ),
+    "a widened network below a file": (
+        ["bottlenecks", *DIGITS, "--flops", "50%", "--to", "broken.py/x/y"],
+        "broken.py/x cannot be a folder, because ",
+    ),
+    "receded weights below a file": (
+        [*RECEDE, "--to", "broken.py/x.safetensors"],
+        "broken.py cannot be a folder, because broken.py is none",
     ),
     "a widened network in a folder that exists": (
         ["bottlenecks", *DIGITS, "--flops", "50%", "--to", "notes"],
@@ -302,12 +329,81 @@ def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -
         main(["front", "x"])
 
 
-def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_130_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("paretoprune.experiments.commands.front.front", interrupted)
     assert main(["front", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_fails_because_ctrl_c_broke_an_import_off_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(*arguments: object, **options: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # as imports of NumPy do
+            signal.raise_signal(signal.SIGINT)
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr("paretoprune.experiments.commands.front.front", half)
+    assert main(["front", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_while_the_program_is_imported_prints_no_traceback() -> None:
+    code = textwrap.dedent(
+        """
+        import sys
+        class Interrupting:
+            def find_spec(self, name, *rest):
+                if name == "typer":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupting())
+        from paretoprune.experiments.__main__ import main
+        sys.exit(main(["criteria"]))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_weights_that_the_disk_does_not_take_are_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*arguments: object, **options: object) -> None:
+        save_file({"one": torch.zeros(2)}, tmp_path / "gone" / "x.safetensors")
+
+    monkeypatch.setattr("paretoprune.experiments.commands.front.front", gone)
+    assert main(["front", "x"]) == 2
+    assert capsys.readouterr().err.startswith("error: Error while serializing: I/O error: No such")
+
+
+def test_what_the_terminal_has_no_letters_for_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def dashed(*arguments: object, **options: object) -> None:
+        print("dense \u2013")
+
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    monkeypatch.setattr("paretoprune.experiments.commands.front.front", dashed)
+    assert main(["front", "x"]) == 0
+    assert written.getvalue() == b"dense ?\n"
+
+
+def test_the_end_of_a_file_of_the_users_is_no_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*arguments: object, **options: object) -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr("paretoprune.experiments.commands.front.front", cut)
+    with pytest.raises(EOFError, match="Ran out of input"):
+        main(["front", "x"])
 
 
 def test_help_is_quick_and_has_an_example_for_every_command() -> None:

@@ -193,7 +193,7 @@ def test_a_missing_image_folder_is_named(tmp_path: Path) -> None:
     write_images(tmp_path / "train")
     with pytest.raises(ValueError, match=r"train/ and val/ \(or test/\), but .* \['train'\]"):
         image_folder(tmp_path, "train")
-    with pytest.raises(ValueError, match="holds no folders"):
+    with pytest.raises(ValueError, match="nowhere is no folder of images: it is not there"):
         image_folder(tmp_path / "nowhere", "train")
 
 

@@ -152,6 +152,19 @@ def test_of_images():
 def test_of_nothing():
     return pairs(40), pairs(0)
 
+def test_of_empty_batches():
+    return pairs(40), [(torch.zeros(0, 1), torch.arange(0))]
+
+def test_of_signed():
+    return pairs(40), [(torch.zeros(2, 1), torch.tensor([0, -1]))]
+
+def test_of_regression():
+    return pairs(40), [(torch.zeros(2, 1), torch.rand(2)), (torch.zeros(1, 1), torch.rand(1, 1))]
+
+def narrow():
+    labels = torch.arange(40, dtype=torch.int32) % 4
+    return TensorDataset(torch.zeros(40, 1), labels), [(torch.zeros(6, 1), labels[:6].short())]
+
 def test_of_a_stream():
     return pairs(40), Stream()
 
@@ -327,6 +340,8 @@ def test_a_function_that_draws_by_numpy_or_python_is_read_by_seed() -> None:
         ("test_of_triples", "is a list of Tensor, Tensor, Tensor"),
         ("test_of_images", "the test set of user_data:test_of_images cannot be stacked"),
         ("test_of_nothing", "user_data:test_of_nothing returned a test set without examples"),
+        ("test_of_empty_batches", "test_of_empty_batches returned a test set without examples"),
+        ("test_of_signed", "the test set of user_data:test_of_signed has the label -1"),
         ("test_of_a_stream", "a test set is a map-style Dataset, .* returned a Stream"),
         ("test_of_a_generator", "a test set is a map-style Dataset, .* returned a generator"),
     ],
@@ -334,6 +349,30 @@ def test_a_function_that_draws_by_numpy_or_python_is_read_by_seed() -> None:
 def test_a_test_set_of_something_else_is_refused_at_once(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_data(f"user_data:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("datasets", 4),
+        ("loaders", 4),
+        ("test_of_regression", None),
+        ("test_of_own_dicts", None),  # known only as they are read
+        ("batches", None),
+    ],
+)
+def test_the_classes_of_a_test_set_are_known_where_they_are_listed(
+    name: str, classes: int | None
+) -> None:
+    assert load_data(f"user_data:{name}").test_classes == classes
+
+
+def test_whole_numbers_of_every_width_are_classes() -> None:
+    data = load_data("user_data:narrow")
+    assert data.test is not None
+    for _, targets in (data.train.read(torch.arange(6)), *data.test()):
+        assert targets.dtype is torch.int64
+        assert targets.tolist() == [0, 1, 2, 3, 0, 1]
 
 
 def test_a_test_loader_with_batches_of_its_own_is_checked_as_it_is_read() -> None:

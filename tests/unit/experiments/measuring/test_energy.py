@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ def test_work_takes_energy_and_time() -> None:
     assert meter.kwh > 0
     assert meter.kg > 0
     assert meter.seconds > 0
+
+
+def test_the_meter_is_silent() -> None:
+    """The first one of a process says so before it has read how much it is to say."""
+    code = "from paretoprune.experiments.measuring import energy\nwith energy.metered(): pass"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_energy_is_per_thousand_examples() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from paretoprune.experiments.showing.summary import headline
@@ -50,6 +51,29 @@ def test_the_table_fits_100_columns_and_shows_the_dense_network(view: SearchView
     assert "95.00 %" in text
     assert "…" not in text
     assert "one-shot" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "absent"),
+    [
+        (68, "blocks removed"),
+        (60, "blocks removed, criterion and allocation"),
+        (46, "blocks removed, criterion and allocation, params"),
+    ],
+)
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_numbers(
+    view: SearchView, width: int, absent: str
+) -> None:
+    out = io.StringIO()
+    table = front_table(view.front_rows, view.dense, view.dense_metrics)
+    Console(file=out, width=width).print(table)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in out.getvalue()
+    assert " ".join(" ".join(lines).split()).endswith(f"without room for: {absent}")
+    for row in view.front_rows:
+        for cell in (f"{row.macs / 1000:.1f} k", f"{row.accuracy:.2%}".replace("%", " %")):
+            assert cell in out.getvalue()
 
 
 def test_fine_tuning_is_shown_beside_what_it_began_with(view: SearchView) -> None:
