@@ -289,6 +289,8 @@ class _Ablation:
         known = dict(values)
         for item in group.slices:
             name = self._parameters.get(item.parameter)
+            if (item.parameter, item.axis) in self._graph.divisors:
+                continue  # zero over zero is no number
             if name is not None and known.get(name) is not None:
                 index = torch.tensor(item.indices[unit], device=known[name].device)
                 known[name] = known[name].index_fill(item.axis, index, 0)

@@ -75,10 +75,11 @@ class Obs:
         saliency: Mapping[str, Tensor],
     ) -> Mapping[str, float]:
         """Returns the error that is left once all units of a block are gone: its last unit's."""
-        return {
-            block.name: max((float(saliency[name].max()) for name in block.groups), default=inf)
-            for block in graph.blocks.values()
-        }
+        scores = {}
+        for block in graph.blocks.values():
+            inner = [float(saliency[name].max()) for name in block.groups if name in saliency]
+            scores[block.name] = max(inner, default=inf)
+        return scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +26,8 @@ SHAPE_ATTRIBUTES: Mapping[type[nn.Module], tuple[str, ...]] = MappingProxyType(
         nn.PReLU: ("num_parameters",),
         _ConstantPadNd: ("padding",),
         nn.MultiheadAttention: ("embed_dim", "kdim", "vdim", "num_heads"),
+        nn.RNNBase: ("input_size", "hidden_size", "proj_size"),
+        nn.RNNCellBase: ("input_size", "hidden_size"),
     }
 )
 """Layer types and the attributes that surgery rewrites; an export stores exactly these."""
@@ -95,6 +97,7 @@ def follow_numbers(
     module: nn.Module,
     numbers: Mapping[int, Collection[int]],
     sequences: Mapping[tuple[int, ...], tuple[int, ...]],
+    own: Callable[[str], int | None],
 ) -> None:
     """Rewrites the attributes of a module that hold sizes its code writes.
 
@@ -106,6 +109,8 @@ def follow_numbers(
         module: One that `has_numbers`.
         numbers: For every size in its code, what it becomes; several if it counts several things.
         sequences: For every list of sizes in its code, what it becomes.
+        own: Returns what an attribute becomes if it repeats a size of the module's own weights,
+            asked where one value stands for several sizes.
     """
     for name, value in size_attributes(module).items():
         if _IN_SPACE.search(name):
@@ -120,6 +125,8 @@ def follow_numbers(
         unchanged = value in numbers.get(value, ())
         if len(changed) == 1 and (not unchanged or re.search(r"head(?!.*dim)|group", name)):
             set_attribute(module, name, changed.pop())
+        elif changed and (size := own(name)) is not None:
+            set_attribute(module, name, size)
 
 
 def follow_weights(module: nn.Module) -> None:
@@ -155,6 +162,27 @@ def follow_weights(module: nn.Module) -> None:
             module,
             {"num_embeddings": len(module.weight), "embedding_dim": module.weight.shape[1]},
         )
+    elif isinstance(module, nn.RNNBase):
+        _follow_recurrent(module)
+    elif isinstance(module, nn.RNNCellBase):
+        _set(
+            module,
+            {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]},
+        )
+
+
+def _follow_recurrent(module: nn.RNNBase) -> None:
+    reads: Any = module.weight_ih_l0
+    writes: Any = module.weight_hr_l0 if module.proj_size else module.weight_hh_l0
+    _set(module, {"input_size": reads.shape[1], "hidden_size": writes.shape[1]})
+    if module.proj_size:
+        module.proj_size = len(writes)
+    remember_weights(module)
+
+
+def remember_weights(module: nn.RNNBase) -> None:
+    """Makes a recurrent layer, in place, run the parameters that it has now."""
+    module._init_flat_weights()
 
 
 def _follow_attention(module: nn.MultiheadAttention) -> None:

@@ -8,6 +8,7 @@ from paretoprune.surgery.graph import Extent
 from paretoprune.surgery.program import Node, Program, Ref
 
 _PASS = {"dropout", "feature_dropout", "contiguous", "clone", "alias", "detach"}
+_SAME_ORDER = {"to", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 _NON_NEGATIVE = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax"}
 _KEEPS_SIGN = {
     *_PASS,
@@ -31,9 +32,9 @@ _READS_NUMBERS = {"add", "mul", "pad"}  # operands, factors and fill values, not
 def find_blocks(program: Program) -> dict[str, Extent]:
     """Returns the removable blocks by module name.
 
-    A module is one if it is called once, shares no parameter, reads one value and returns one of
-    the same shape, and what it returns is its input once every other operand of the additions on
-    the way is zero. A ReLU on that way is the identity only for a non-negative input, which is
+    A module is one if it is called once, shares no parameter, returns one value of the shape of
+    one that it reads, and what it returns is that input once every other operand of the additions
+    on the way is zero. A ReLU on that way is the identity only for a non-negative input, which is
     proved from the operators that made the input. A stage, which is a chain of blocks, is left
     out.
     """
@@ -84,15 +85,33 @@ def _extent(
         for name in nodes
         if name in program.outputs or any(user.name not in nodes for user in users[name])
     ]
-    if len(sources) != 1 or len(results) != 1 or _shares_parameters(program, users, nodes):
+    if len(results) != 1 or _shares_parameters(program, users, nodes):
         return None
-    source, result = sources.pop(), results[0]
-    if program.nodes[source].shape != program.nodes[result].shape:
-        return None
-    branches: set[str] = set()
-    if not _reduces(program, nodes, result, source, branches) or not branches:
-        return None
-    return Extent(source, result, frozenset(nodes), frozenset(branches))
+    result = results[0]
+    for source in sources:  # the branch alone reads others, such as a mask
+        branches: set[str] = set()
+        if (
+            program.nodes[source].shape == program.nodes[result].shape
+            and _reduces(program, nodes, result, source, branches)
+            and branches
+            and branches <= nodes.keys()
+            and not _depends(program, sources - {source}, source)
+        ):
+            return Extent(source, result, frozenset(nodes), frozenset(branches))
+    return None
+
+
+def _depends(program: Program, names: set[str], source: str) -> bool:
+    """Whether any of some values is computed from another: it is part of the same block then."""
+    waiting, seen = list(names), set(names)
+    while waiting:
+        for ref in program.nodes[waiting.pop()].refs():
+            if ref == source:
+                return True
+            if ref not in seen:
+                seen.add(ref)
+                waiting.append(ref)
+    return False
 
 
 def _shares_parameters(
@@ -122,7 +141,7 @@ def _reduces(
     def reduces(operand: str) -> bool:
         return _reduces(program, nodes, operand, source, branches)
 
-    if operator in _PASS:
+    if operator in _PASS or operator in _SAME_ORDER:
         return reduces(tensors[0])
     if operator == "relu":
         return reduces(tensors[0]) and _non_negative(program, source)

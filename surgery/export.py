@@ -60,7 +60,7 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
 
     Raises:
         UnsupportedModel: If `torch.export` refuses the model, or it returns no floating-point
-            tensor, wraps another module, or has parameters without a shape.
+            tensor, wraps another module, or has parameters without a shape or without values.
     """
     _demand_plain(model)
     args, kwargs = as_call(example_inputs)
@@ -119,7 +119,7 @@ def _divides(prime: int, shape: Any) -> int:
 
 
 def _demand_plain(model: nn.Module) -> None:
-    """Raises `UnsupportedModel` if a network is wrapped, or has parameters without a shape."""
+    """Raises `UnsupportedModel` if a network is wrapped, or lacks the shape or values of some."""
     kind = type(model).__name__
     if kind in _WRAPPERS and type(model).__module__.startswith("torch."):
         raise UnsupportedModel(
@@ -129,6 +129,11 @@ def _demand_plain(model: nn.Module) -> None:
         if is_lazy(tensor):
             raise UnsupportedModel(
                 f"{name} of {kind} has no shape yet; run one forward pass first."
+            )
+        if tensor.is_meta:
+            raise UnsupportedModel(
+                f"{name} of {kind} is on the meta device and has no values to compare; build the "
+                f"network on the CPU, or load its weights (`load_state_dict(..., assign=True)`)."
             )
 
 
@@ -189,9 +194,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         # Without gradients, a `torch.no_grad()` in the model's code makes no graph of its own.
         with _quiet(), unfused(), torch.no_grad():
-            exported = torch.export.export(
-                shared_copy(model).eval(), args, kwargs or None, strict=False
-            )
+            copied = shared_copy(model).eval()
+            copied.register_forward_hook(lambda *call: _tree_of_tensors(call[2]))
+            exported = torch.export.export(copied, args, kwargs or None, strict=False)
     except Exception as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise UnsupportedModel(
@@ -241,6 +246,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 f"surgery cannot follow; pass a module without it."
             )
     return Program(nodes, outputs, _batch(args, kwargs), tuple(kwargs))
+
+
+def _tree_of_tensors(returned: Any) -> Any:
+    """Returns what a network returns without what torch cannot look into, such as a cache."""
+
+    def known(leaf: Any) -> Any:
+        plain = leaf is None or isinstance(leaf, (Tensor, int, float, str, bool))
+        return leaf if plain else None
+
+    return torch.utils._pytree.tree_map(known, returned)
 
 
 def _demand_floats(model: nn.Module, output: torch.fx.Node) -> None:
@@ -293,7 +308,14 @@ def _plain(value: Any) -> Any:
 
 def _shape(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return tuple(int(size) for size in value.shape)
+        try:
+            return tuple(int(size) for size in value.shape)
+        except RuntimeError as error:
+            raise UnsupportedModel(
+                "the code makes a tensor whose size depends on values (a mask as an index, "
+                "nonzero, unique), which surgery cannot follow; wrap the model in a module "
+                "whose forward avoids it."
+            ) from error
     if isinstance(value, (tuple, list)):
         return tuple(_shape(item) for item in value)
     return None

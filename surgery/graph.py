@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -90,6 +90,8 @@ class PruningGraph:
         cuts: Slices and splits of channel dims, by node.
         statistics: For every node that averages over units: (dim, the unit at each position).
         recorded: Modules that lose their code when they lose units, with what stands for it.
+        divisors: The (parameter, axis) that are not zeroed where units are masked, see
+            `find_divisors`.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class PruningGraph:
         cuts: Mapping[str, Cut],
         statistics: Mapping[str, tuple[int, Tensor]],
         recorded: Mapping[str, Recording],
+        divisors: Collection[tuple[str, int]],
         macs: Polynomial,
         params: Polynomial,
     ) -> None:
@@ -120,6 +123,7 @@ class PruningGraph:
         self.cuts = dict(cuts)
         self.statistics = dict(statistics)
         self.recorded = dict(recorded)
+        self.divisors = frozenset(divisors)
         self._macs = macs
         self._params = params
         self._sizes = torch.tensor([g.size for g in groups.values()], dtype=torch.float64)

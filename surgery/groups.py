@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def layer_of(parameter: str) -> str:
+    """Returns the module that a parameter belongs to, given its qualified name.
+
+    A layer whose weight is parametrized keeps what that is made of in a module inside it. A
+    parameter of the network itself stands for itself.
+    """
+    layer, parametrized, _ = parameter.partition(".parametrizations.")
+    return layer if parametrized else parameter.rpartition(".")[0] or parameter
+
+
 @dataclass(frozen=True, slots=True)
 class ChannelSlice:
     """Where the units of a group lie along one axis of one parameter.
@@ -24,8 +34,8 @@ class ChannelSlice:
 class PrunableGroup:
     """Coupled channels: units that are removed from all their slices together.
 
-    Zeroing all slices of a unit masks it: the dense network then computes what the pruned one
-    does.
+    Zeroing all slices of a unit, but for `PruningGraph.divisors`, masks it: the dense network then
+    computes what the pruned one does.
 
     Attributes:
         name: Qualified name of the first layer that produces the units.

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from paretoprune.surgery.copying import kept_activations
 
 Shape = tuple[int, ...]
+FILLS = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
+"""Operators that make a value of one number, with the position of its sizes."""
 
 
 @dataclass(frozen=True, slots=True)

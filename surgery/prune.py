@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.surgery.attention import forget_dense_widths
-from paretoprune.surgery.attributes import follow_numbers, follow_weights, has_numbers
+from paretoprune.surgery.attributes import (
+    follow_numbers,
+    follow_weights,
+    has_numbers,
+    size_attributes,
+)
 from paretoprune.surgery.copying import copied
 from paretoprune.surgery.graph import PruningGraph
+from paretoprune.surgery.groups import layer_of
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.recorded import Recorded
 from paretoprune.surgery.resize import padded_widths
@@ -181,19 +187,61 @@ def _follow(
     copies: Mapping[str, nn.Module], graph: PruningGraph, mask: Tensor, touched: Sequence[str]
 ) -> None:
     """Rewrites what the modules of the copy, by name, say about their sizes."""
-    for name in dict.fromkeys(parameter.rpartition(".")[0] for parameter in touched):
-        follow_weights(copies[name])
-    for name, numbers in graph.numbers.items():
-        if name not in copies or not has_numbers(copies[name]):
-            continue
+    for name in dict.fromkeys(map(layer_of, touched)):
+        follow_weights(copies.get(name, copies[""]))  # a parameter of the network itself
+    numbered = [name for name in graph.numbers if name in copies and has_numbers(copies[name])]
+    written = {name: size_attributes(copies[name]) for name in numbered}
+    for name in numbered:
+        numbers = graph.numbers[name]
         sizes: dict[int, set[int]] = {}
         for number in numbers:
             sizes.setdefault(number.value, set()).add(number.kept(mask))
-        follow_numbers(copies[name], sizes, _sequences(graph, name, mask))
+        alike = [other for other in numbered if type(copies[other]) is type(copies[name])]
+
+        def own(attribute: str, name: str = name, alike: Sequence[str] = alike) -> int | None:
+            return _own_size(attribute, name, alike, written, copies, graph)
+
+        follow_numbers(copies[name], sizes, _sequences(graph, name, mask), own)
     for name, (dim, units) in graph.pads.items():
         if name in copies:
             pad: Any = copies[name]
             pad.padding = tuple(padded_widths(pad.padding, dim, mask[units]))
+
+
+def _own_size(
+    attribute: str,
+    name: str,
+    alike: Sequence[str],
+    written: Mapping[str, Mapping[str, Any]],
+    copies: Mapping[str, nn.Module],
+    graph: PruningGraph,
+) -> int | None:
+    """Returns what an attribute becomes that is a size of its module's own tensors.
+
+    Several axes may be as long in one module, but hardly in all that are alike.
+
+    Args:
+        attribute: Name of the attribute.
+        name: The module.
+        alike: Modules of its class.
+        written: The attributes that all had in the dense network.
+        copies: Modules of the pruned network by name.
+        graph: From `trace`.
+    """
+    common: set[tuple[str, int]] | None = None
+    for other in alike:
+        module = copies[other]
+        found = {
+            (key, axis)
+            for key, tensor in (*module._parameters.items(), *module._buffers.items())
+            for axis, size in enumerate(() if tensor is None else tensor.shape)
+            if len(graph.units.get((f"{other}.{key}", axis), range(size)))
+            == written[other].get(attribute)
+        }
+        common = found if common is None else common & found
+    tensors = {**copies[name]._parameters, **copies[name]._buffers}
+    sizes = {tensors[key].shape[axis] for key, axis in common or ()}  # type: ignore[union-attr]
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _sequences(
@@ -214,6 +262,7 @@ def _differences(stops: tuple[int, ...]) -> tuple[int, ...]:
 def masked_tensors(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> dict[str, Tensor]:
     """Returns the dense parameters and buffers with every unit that goes zeroed in all slices.
 
+    Those that something is divided by stay as they are (`graph.divisors`).
     `torch.func.functional_call(model, masked, inputs)` then computes what the pruned network
     does: the oracle of surgery. Where a module is registered twice, pass `tie_weights=False`, or
     torch leaves the zeros in the model.
@@ -229,6 +278,6 @@ def masked_tensors(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> 
     with torch.no_grad():
         for (name, axis), units in graph.units.items():
             gone = (~mask[units]).nonzero().squeeze(1)
-            if gone.numel() and name in masked:
+            if gone.numel() and name in masked and (name, axis) not in graph.divisors:
                 masked[name].index_fill_(axis, gone.to(masked[name].device), 0)
     return masked

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from paretoprune.surgery.execute import Execution, Values
 from paretoprune.surgery.export import unfused
 from paretoprune.surgery.graph import PruningGraph
-from paretoprune.surgery.inputs import has_rows
+from paretoprune.surgery.inputs import has_rows, join_rows
 from paretoprune.surgery.program import (
     Node,
     Ref,
@@ -22,14 +22,17 @@ from paretoprune.surgery.program import (
 )
 from paretoprune.surgery.recorded import CONSTANT, Recording, is_known
 
+_PLAIN = (bool, int, float, str)
+
 
 def record(
     model: nn.Module, graph: PruningGraph, names: Iterable[str], example_inputs: Any
 ) -> dict[str, Recording]:
     """Returns the recordings of the modules that can be recorded.
 
-    A module cannot be if it is called twice, reads what is no argument of it, returns what is no
-    tensor, contains a removable block, or runs an operator that surgery does not know.
+    A module cannot be if it is called twice, reads what is no argument of it, returns what is
+    neither a tensor nor the same for any batch, contains a removable block, or runs an operator
+    that surgery does not know.
 
     Args:
         model: The dense network, in eval mode.
@@ -38,6 +41,8 @@ def record(
         example_inputs: Inputs of one run, which tells which value is which argument.
     """
     calls = _calls(model, names, example_inputs)
+    if any(_plain(output) for _, output in calls.values()):
+        calls = _on_any_batch(calls, model, example_inputs)
     members: dict[str, dict[str, Node]] = {name: {} for name in calls}
     for node in graph.program.nodes.values():
         for name in node.calls:
@@ -86,6 +91,30 @@ def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[
     return {name: runs[0] for name, runs in seen.items() if len(runs) == 1}
 
 
+def _on_any_batch(
+    calls: Mapping[str, Any], model: nn.Module, example_inputs: Any
+) -> dict[str, Any]:
+    """Returns the calls whose plain outputs (sizes of an image) are the same for twice the batch.
+
+    Args:
+        calls: From `_calls`.
+        model: The dense network.
+        example_inputs: Inputs of that run.
+    """
+    mixed = [name for name, (_, output) in calls.items() if _plain(output)]
+    try:
+        twice = _calls(model, mixed, join_rows(example_inputs, example_inputs))
+    except Exception:  # the network takes no other batch
+        twice = {}
+    same = {name for name in twice if _plain(twice[name][1]) == _plain(calls[name][1])}
+    return {name: call for name, call in calls.items() if name not in mixed or name in same}
+
+
+def _plain(output: Any) -> list[Any]:
+    """Returns the values in an output that are no tensors."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, _PLAIN)]
+
+
 def _recorded(
     name: str,
     model: nn.Module,
@@ -131,9 +160,12 @@ def _recorded(
             inputs[position] = ref
     steps += nodes.values()
     named = {key: value for key, value in values.items() if key in nodes}
-    outputs = _names(output, named)
+    try:
+        outputs = _names(output, named)
+    except LookupError:
+        return None
     rows = next((len(leaf) for leaf in arguments if has_rows(leaf)), 0)
-    if outputs is None or rows * program.batch % batch:
+    if rows * program.batch % batch:
         return None
     rows = rows * program.batch // batch  # of the batch that was exported
     return Recording(tuple(steps), tuple(inputs), outputs, rows, constants) if rows else None
@@ -159,12 +191,17 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _names(output: Any, values: Mapping[str, Any]) -> Any:
-    """Returns the output with a `Ref` for every tensor; None if it is anything else."""
+    """Returns the output with a `Ref` for every tensor.
+
+    Raises:
+        LookupError: If a tensor is none of the values, or anything is neither tensor nor plain.
+    """
     if isinstance(output, Tensor):
         names = [name for name, value in values.items() if _equal(output, value)]
-        return Ref(names[-1]) if names else None
-    if isinstance(output, (tuple, list)) and type(output) in (tuple, list):
-        items = [None if item is None else _names(item, values) for item in output]
-        whole = all((a is None) == (b is None) for a, b in zip(items, output, strict=True))
-        return type(output)(items) if whole and any(items) else None
-    return None
+        if names:
+            return Ref(names[-1])
+    elif isinstance(output, (tuple, list)) and type(output) in (tuple, list):
+        return type(output)([_names(item, values) for item in output])
+    elif output is None or isinstance(output, _PLAIN):
+        return output
+    raise LookupError(output)

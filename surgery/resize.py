@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from paretoprune.surgery.graph import PruningGraph
-from paretoprune.surgery.program import Node
+from paretoprune.surgery.program import FILLS, Node
 
 VIEWS = {"view", "reshape", "_unsafe_view", "expand", "unflatten"}
 """Operators whose code writes the sizes of the result."""
@@ -34,6 +34,9 @@ def resized(graph: PruningGraph, node: Node, mask: Tensor) -> Node:
 def _resized(graph: PruningGraph, node: Node, mask: Tensor) -> tuple[int, tuple[Any, ...] | None]:
     """Returns the arguments that change, and the position of the first."""
     operator = node.operator
+    if operator in FILLS and node.name in graph.layouts:
+        position = FILLS[operator]
+        return position, (_sizes(graph, node, node.args[position], mask),)
     if operator in VIEWS and node.name in graph.layouts:
         position = 2 if operator == "unflatten" else 1
         return position, (_sizes(graph, node, node.args[position], mask),)
@@ -49,10 +52,12 @@ def _resized(graph: PruningGraph, node: Node, mask: Tensor) -> tuple[int, tuple[
         if kept is not None:
             return 1, (max(1, int(node.args[1]) * kept // _shape(graph, node)[1]),)
     if operator.startswith("conv") and len(node.args) > 6 and node.args[6] > 1:
-        weight = graph.program.nodes[node.args[1].name]
-        rows = graph.units.get((weight.target, 0))
-        if rows is not None:
-            return 6, (int(node.args[6]) * int(mask[rows].sum()) // len(rows),)
+        weight: Any = graph.program.nodes[node.args[1].name].shape
+        layout = graph.layouts.get(node.name)
+        dim = -len(weight) + 1
+        kept = None if layout is None else _kept_along(layout, dim, mask)
+        if layout is not None and kept is not None:
+            return 6, (int(node.args[6]) * kept // layout.shape[dim],)
     if operator in ("pad", "constant_pad_nd") and node.module in graph.pads:
         dim, units = graph.pads[node.module]
         return 1, (type(node.args[1])(padded_widths(node.args[1], dim, mask[units])),)
@@ -81,8 +86,9 @@ def _shape(graph: PruningGraph, node: Node) -> Any:
 def _sizes(graph: PruningGraph, node: Node, sizes: Any, mask: Tensor) -> Any:
     """Returns the sizes of a view's result that the code would compute for the kept channels."""
     layout = graph.layouts[node.name]
-    source = _shape(graph, node)
-    first = int(node.args[1]) % len(source) if node.operator == "unflatten" else 0
+    first = 0
+    if node.operator == "unflatten":
+        first = int(node.args[1]) % len(_shape(graph, node))
     result = []
     for dim, size in enumerate(sizes, first):
         kept = _kept_along(layout, dim, mask)

@@ -17,7 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paretoprune.surgery.attention import PrunedMultiheadAttention, forget_dense_widths
-from paretoprune.surgery.attributes import has_known_sizes, set_attribute, size_attributes
+from paretoprune.surgery.attributes import (
+    has_known_sizes,
+    remember_weights,
+    set_attribute,
+    size_attributes,
+)
 from paretoprune.surgery.errors import UnsupportedModel
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.prune import replace_module
@@ -258,6 +263,8 @@ def _shrink(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             PrunedMultiheadAttention.convert_unless_whole(module)
+        elif isinstance(module, nn.RNNBase):
+            remember_weights(module)
     forget_dense_widths(model.modules())
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from paretoprune.surgery.blocks import find_blocks
 from paretoprune.surgery.check import Attempt, attempt, broken, telling_copy
 from paretoprune.surgery.cost import Factor, Polynomial, Term
+from paretoprune.surgery.divisors import find_divisors
 from paretoprune.surgery.export import export_program
 from paretoprune.surgery.graph import Cut, Extent, Number, PruningGraph
-from paretoprune.surgery.groups import Block, ChannelSlice, PrunableGroup
+from paretoprune.surgery.groups import Block, ChannelSlice, PrunableGroup, layer_of
 from paretoprune.surgery.labels import Labels
 from paretoprune.surgery.plan import PruningPlan
-from paretoprune.surgery.program import Program
+from paretoprune.surgery.program import FILLS, Program
 from paretoprune.surgery.prune import modules_outside
 from paretoprune.surgery.record import record
 from paretoprune.surgery.recorded import Recording
@@ -43,7 +44,7 @@ def trace(model: nn.Module, example_inputs: Any, *, exhaustive: bool = False) ->
 
     Raises:
         UnsupportedModel: If `torch.export` refuses the model, or it returns nothing that could be
-            compared, wraps another one, or has parameters without a shape.
+            compared, wraps another one, or has parameters without a shape or without values.
     """
     program = export_program(model, example_inputs)
     tracer = Tracer(program, model)
@@ -144,7 +145,7 @@ def _form_groups(
             roots = _ordered_unique(ids[(signature[ids] == key) & ~seen[ids]])
             if len(roots):
                 seen[roots] = True
-                members[_unused(parameter.rpartition(".")[0] or parameter, members)] = roots
+                members[_unused(layer_of(parameter), members)] = roots
     groups = {}
     slices = _slices(axes, list(members.values()), n_classes)
     averages = _averages(tracer, classes, members)
@@ -284,6 +285,7 @@ def _build(
             if bool((unit[classes[line]] >= 0).any())
         },
         recorded=recorded,
+        divisors=find_divisors(program),
         macs=Polynomial(macs, len(groups), len(names)),
         params=Polynomial(params, len(groups), len(names)),
     )
@@ -319,7 +321,8 @@ def _layouts(program: Program, tracer: Tracer, unit: Tensor, classes: Tensor) ->
     layouts = {}
     for node in program.nodes.values():
         value = tracer.values.get(node.name)
-        sized = node.operator in VIEWS or node.operator == "group_norm"
+        grouped = node.operator.startswith("conv") and len(node.args) > 6 and node.args[6] > 1
+        sized = grouped or node.operator in {*VIEWS, *FILLS, "group_norm"}
         if sized and isinstance(value, Labels) and value.present:
             layouts[node.name] = unit[classes[value.ids]]
     return layouts

@@ -13,32 +13,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paretoprune.surgery.labels import Labels, Unions, compressed
 from paretoprune.surgery.notes import MacsTerm, Number, Piece
-from paretoprune.surgery.program import BatchSize, Node, Program, Ref, Shape, resolve_target
+from paretoprune.surgery.program import (
+    FILLS,
+    BatchSize,
+    Node,
+    Program,
+    Ref,
+    Shape,
+    resolve_target,
+)
 from paretoprune.surgery.rules import RULES, Rule, rule_of
+from paretoprune.surgery.weight_axes import PARTS
 
 Value = Labels | tuple[Labels, ...] | None
-_PARTS = {"chunk", "split", "split_with_sizes"}
-_MOVES_AXES = {
-    "t": True,
-    "numpy_T": True,
-    "mT": True,
-    "transpose": True,
-    "permute": True,
-    "movedim": True,
-    "moveaxis": True,
-}
-_MOVES_AXES |= dict.fromkeys(("contiguous", "clone", "detach", "alias", "to"), False)
 
 
 def _rules(operators: str) -> frozenset[Rule]:
     return frozenset(RULES[name] for name in operators.split())
 
 
-_TAKES_TABLES = _rules("pointwise aten.clone aten.cat aten.stack aten.expand aten.repeat aten.t")
+_TAKES_TABLES = _rules(
+    "pointwise aten.clone aten.cat aten.stack aten.expand aten.repeat aten.t "
+    "aten.cosine_similarity"
+)
 """Rules that see from the other operands along which dim of a table the channels lie."""
 _TAKES_REPEATS = _rules(
     "pointwise aten.clone aten.expand aten.view aten.t aten.scaled_dot_product_attention "
-    "aten.baddbmm"
+    "aten.baddbmm aten.gather"
 )
 """Rules that see from the other operands what a value is repeated over."""
 
@@ -58,6 +59,7 @@ class Tracer:
         numbers: Numbers in the code that count channels.
         cuts: For every node that cuts a channel dim: (dim, labels along it, boundaries).
         statistics: For every node that averages over channels: (dim, labels along it).
+        companions: By parameter, those that are cut with it: (name, their axis by its axis).
     """
 
     def __init__(self, program: Program, model: nn.Module) -> None:
@@ -78,6 +80,12 @@ class Tracer:
         self._repeats: set[int] = set()
         self._conditions: list[tuple[Tensor, Tensor, list[int], str]] = []
         self._elements: dict[str, Labels] = {}
+        self.companions: dict[str, list[tuple[str, dict[int, int]]]] = {}
+        self._shapes: dict[str, Shape] = {
+            node.target: node.shape  # type: ignore[misc]
+            for node in program.nodes.values()
+            if node.kind == "parameter"
+        }
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
 
     def walk(self) -> None:
@@ -85,7 +93,7 @@ class Tracer:
         for node in self.program.nodes.values():
             refs = list(node.refs())
             grows = self._depends_on_batch(node, refs)
-            made = bool(refs) and self.weights.issuperset(refs)
+            made = bool(refs) and self.weights.issuperset(refs) and node.operator != "linear"
             if node.kind == "parameter" or (
                 made and (not grows or rule_of(node.target) in _TAKES_TABLES)
             ):
@@ -94,7 +102,7 @@ class Tracer:
                 self.batched.add(node.name)
                 if node.in_place:
                     self.batched.update(refs[:1])
-            if node.kind == "call" and not self._is_part_of_weight(node):
+            if node.kind == "call" and not self.is_part_of_weight(node):
                 self._call(node)
             elif node.kind not in ("call", "parameter"):
                 self.values[node.name] = _unlabelled(node.shape)
@@ -114,12 +122,21 @@ class Tracer:
         sized = any(isinstance(value, BatchSize) for value in arguments)
         return sized or not self.batched.isdisjoint(refs)
 
-    def _is_part_of_weight(self, node: Node) -> bool:
-        """Whether a node cuts weights, whose elements may never be asked for."""
+    def is_pointwise(self, node: Node) -> bool:
+        """Returns whether a node computes element by element."""
+        return rule_of(node.target) is RULES["pointwise"]
+
+    def is_part_of_weight(self, node: Node) -> bool:
+        """Returns whether a node cuts or scales weights, whose elements are asked for late."""
         if node.name not in self.weights:
             return False
-        return node.operator in _PARTS or (
-            node.target == "getitem" and self.program.nodes[node.args[0].name].operator in _PARTS
+        return (
+            (self.is_pointwise(node) and not node.in_place)
+            or node.operator in (*PARTS, "_weight_norm")
+            or (
+                node.target == "getitem"
+                and self.program.nodes[node.args[0].name].operator in PARTS
+            )
         )
 
     def _call(self, node: Node) -> None:
@@ -165,10 +182,22 @@ class Tracer:
         if not isinstance(value, Labels):
             raise TypeError(f"expected one tensor, but got {value!r} for {ref!r}.")
         if self._is_tokens(ref):
-            return self.narrowed(value, value.varying[:-1])
+            return self.as_tokens(value)
         if self._rule not in _TAKES_REPEATS and self.is_repeat(value):
             return self.freeze(value, "is repeated by the code")
         return value
+
+    def tokens(self, ref: Ref) -> Labels:
+        """Returns the labels of what a layer reads: a table, too, has its channels last there."""
+        if self.is_weight(ref):
+            value = self.value(ref)
+            assert isinstance(value, Labels), "a layer reads one tensor"
+            return self.as_tokens(value)
+        return self.labels(ref)
+
+    def as_tokens(self, labels: Labels) -> Labels:
+        """Returns the labels made equal along all dims but the last that they vary along."""
+        return self.narrowed(labels, labels.varying[:-1])
 
     def _is_tokens(self, ref: Ref) -> bool:
         """Whether the rule at work sees a weight as something that flows."""
@@ -190,6 +219,10 @@ class Tracer:
     def is_repeat(self, labels: Labels) -> bool:
         """Returns whether all labels are those of a dim along which code repeats a value."""
         return not self._repeats.isdisjoint(labels.ids.reshape(-1)[:1].tolist())  # may be empty
+
+    def is_fill(self, ref: Ref) -> bool:
+        """Returns whether a value is made of one number, so that it may be of any size."""
+        return self.program.nodes[ref.name].operator in FILLS
 
     def parameter(self, ref: Any) -> str | None:
         """Returns the qualified name of an argument that is a parameter or buffer, else None."""
@@ -228,6 +261,9 @@ class Tracer:
             ids = self._whole(key, piece, ids)
         if makes and key not in self.producers:
             self.producers.append(key)
+        for other, along in self.companions.get(parameter, ()):
+            if axis in along and self._shapes[other][along[axis]] == len(ids):
+                self.record(other, along[axis], ids)
         if key in self.axes:  # the parameter is used twice: both uses lose the same channels
             self.unions.unify(self.axes[key], ids, "is used twice, once with fixed channels")
         else:
@@ -254,40 +290,6 @@ class Tracer:
     def is_weight(self, item: Ref | Labels) -> bool:
         """Returns whether an operand depends on parameters and buffers alone."""
         return isinstance(item, Ref) and item.name in self.weights and not self._is_tokens(item)
-
-    def weight_axes(self, item: Ref | Labels) -> tuple[str, tuple[int, ...], Piece | None] | None:
-        """Returns the parameter that an operand is, up to the order of its axes.
-
-        Returns:
-            Its name, for every dim of the operand the parameter's axis, and which part of the
-            parameter it is, if not all of it; None if the operand is anything else.
-        """
-        if not self.is_weight(item):
-            return None
-        node = self.program.nodes[item.name]  # type: ignore[union-attr]
-        steps: list[Node] = []
-        while node.kind == "call" and (
-            node.operator in _MOVES_AXES or self._is_part_of_weight(node)
-        ):
-            steps.append(node)
-            node = self.program.nodes[node.args[0].name]
-        if node.kind != "parameter":
-            return None
-        axes = torch.empty(tuple(range(1, len(self.shape(Ref(node.name))) + 1)), device="meta")
-        piece = None
-        order = steps[::-1]
-        for position, step in enumerate(order, 1):
-            if step.operator in _PARTS:
-                if piece is not None or position == len(order):
-                    return None
-                dim = int(step.args[2] if len(step.args) > 2 else 0) % axes.ndim
-                sizes = [shape[dim] for shape in step.shape]  # type: ignore[union-attr, index]
-                stops = tuple(itertools.accumulate(sizes, initial=0))
-                index = int(order[position].args[1])
-                piece = Piece(step, axes.shape[dim] - 1, dim, stops, index)
-            elif _MOVES_AXES.get(step.operator):
-                axes = resolve_target(step.target)(axes, *step.args[1:], **step.kwargs)
-        return node.target, tuple(size - 1 for size in axes.shape), piece
 
     def narrowed(self, labels: Labels, dims: Sequence[int]) -> Labels:
         """Returns the labels made equal along some dims."""

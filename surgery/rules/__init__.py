@@ -13,7 +13,15 @@ from types import MappingProxyType
 import torch
 
 from paretoprune.surgery.program import resolve_target
-from paretoprune.surgery.rules import contraction, layers, norms, pointwise, reductions, shapes
+from paretoprune.surgery.rules import (
+    contraction,
+    layers,
+    norms,
+    pointwise,
+    recurrent,
+    reductions,
+    shapes,
+)
 from paretoprune.surgery.rules.base import Result, Rule
 
 __all__ = ["RULES", "Result", "Rule", "rule_of"]
@@ -23,6 +31,8 @@ for _names, _rule in (
     ("conv1d conv2d conv3d", layers.convolution),
     ("conv_transpose1d conv_transpose2d conv_transpose3d", layers.transposed_convolution),
     ("embedding", layers.embedding),
+    ("gru lstm rnn_tanh rnn_relu", recurrent.recurrent),
+    ("gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell", recurrent.cell),
     ("linear", contraction.linear),
     ("matmul mm bmm mv", contraction.matmul),
     ("addmm baddbmm", contraction.added_matmul),
@@ -33,7 +43,7 @@ for _names, _rule in (
     ("group_norm", norms.group_norm),
     (
         "hardswish hardsigmoid silu gelu mish elu leaky_relu celu selu softplus log_sigmoid "
-        "subtract multiply divide absolute negative __and__ __or__ __xor__",
+        "subtract multiply divide absolute negative where __and__ __or__ __xor__",
         pointwise.pointwise,
     ),
     ("prelu", pointwise.prelu),
@@ -45,7 +55,7 @@ for _names, _rule in (
     ),
     (
         "mean sum amax amin max min var std var_mean std_mean prod any all linalg_vector_norm "
-        "linalg_norm norm argmax logsumexp",
+        "linalg_norm norm argmax argmin logsumexp",
         reductions.reduction,
     ),
     ("softmax _softmax log_softmax cumsum softmin logcumsumexp", reductions.along),
@@ -77,6 +87,11 @@ for _names, _rule in (
     ("unfold", shapes.unfolding),
     ("index index_select", shapes.indexing),
     ("pad constant_pad_nd", shapes.padding),
+    ("cosine_similarity", reductions.similarity),
+    ("topk sort argsort", reductions.ordering),
+    ("gather take_along_dim", shapes.gathering),
+    ("im2col", shapes.image_to_columns),
+    ("col2im", shapes.columns_to_image),
     ("pixel_shuffle", shapes.pixel_shuffle),
     ("pixel_unshuffle", shapes.pixel_unshuffle),
     ("channel_shuffle native_channel_shuffle", shapes.channel_shuffle),

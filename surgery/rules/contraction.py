@@ -23,6 +23,7 @@ from paretoprune.surgery.labels import Labels
 from paretoprune.surgery.program import Node, Ref, Shape
 from paretoprune.surgery.rules.base import Result, argument
 from paretoprune.surgery.rules.pointwise import meet
+from paretoprune.surgery.weight_axes import weight_axes
 
 if TYPE_CHECKING:
     from paretoprune.surgery.notes import Piece
@@ -70,7 +71,7 @@ def contract(
     weights: list[tuple[_Operand, str, Sequence[int], Piece | None]] = []
     flowing: list[_Operand] = []
     for item, names in zip(items, letters, strict=True):
-        axes = tracer.weight_axes(item)
+        axes = weight_axes(tracer, item)
         if axes is not None:  # its labels lie along its axes, not one on every element
             labels = Labels.none(tracer.shape(item))
             weights.append((_Operand(names, labels), *axes))
@@ -205,6 +206,8 @@ def _weight(
             [dim for dim, size in enumerate(ids.shape) if size > 1 and dim != inside[0]],
         ).ids
     for letter, axis, size in zip(operand.letters, axes, operand.labels.shape, strict=True):
+        if axis < 0:
+            continue
         if letter in summed:
             tracer.record(parameter, axis, summed[letter], piece=piece)
         elif size > 1 and letter in result:
@@ -222,7 +225,8 @@ def linear(tracer: Tracer, node: Node) -> Result:
     """Linear over the last dim."""
     rank = len(tracer.shape(node.args[0]))
     batch = _LETTERS[: rank - 1]
-    labels = contract(tracer, node, node.args[:2], [f"{batch}i", "oi"], f"{batch}o")
+    items = [tracer.tokens(node.args[0]), node.args[1]]
+    labels = contract(tracer, node, items, [f"{batch}i", "oi"], f"{batch}o")
     return _biased(tracer, labels, argument(node, 2, "bias"))
 
 
@@ -257,13 +261,8 @@ def added_matmul(tracer: Tracer, node: Node) -> Result:
 
 
 def einsum(tracer: Tracer, node: Node) -> Result:
-    """einsum; operands with a letter twice are frozen."""
+    """einsum of any number of operands; those with a letter twice are frozen."""
     equation, refs = str(node.args[0]).replace(" ", ""), list(node.args[1])
-    if len(refs) > 2:
-        for ref in refs:
-            tracer.freeze(tracer.labels(ref), "feeds an einsum of more than two operands")
-        tracer.counted(node)
-        return Labels.none(node.shape)  # type: ignore[arg-type]
     inputs, arrow, result = equation.partition("->")
     letters = inputs.split(",")
     ranks = [len(tracer.shape(ref)) for ref in refs]
@@ -288,7 +287,27 @@ def einsum(tracer: Tracer, node: Node) -> Result:
     else:  # all letters that appear once, in alphabetical order
         once = [x for x in sorted(set("".join(letters))) if "".join(letters).count(x) == 1]
         result = rest + "".join(x for x in once if x not in rest)
-    return contract(tracer, node, refs, letters, result)
+    return _in_pairs(tracer, node, refs, letters, result)
+
+
+def _in_pairs(
+    tracer: Tracer, node: Node, refs: Sequence[Item], letters: Sequence[str], result: str
+) -> Labels:
+    """Returns the labels of an einsum that torch computes two operands at a time."""
+    items, names = list(refs), list(letters)
+    path = list(node.kwargs.get("path") or [0, 1] * len(items))
+    while len(items) > 2:
+        first, second = sorted(path[:2])
+        pair = [(items.pop(at), names.pop(at)) for at in (second, first)][::-1]
+        path = path[2:]
+        kept = "".join(
+            x
+            for x in dict.fromkeys(pair[0][1] + pair[1][1])
+            if x in result or any(x in other for other in names)
+        )
+        items.append(contract(tracer, node, [i for i, _ in pair], [n for _, n in pair], kept))
+        names.append(kept)
+    return contract(tracer, node, items, names, result)
 
 
 def attention(tracer: Tracer, node: Node) -> Result:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from paretoprune.surgery.labels import Labels
 from paretoprune.surgery.program import Node
 from paretoprune.surgery.rules.base import Result, argument, out
+from paretoprune.surgery.weight_axes import whole_weight
 
 if TYPE_CHECKING:
     from paretoprune.surgery.tracer import Tracer
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def convolution(tracer: Tracer, node: Node, *, transposed: bool = False) -> Result:
     """conv1d/2d/3d and their transposes; whole groups of a grouped convolution are one unit."""
     source = tracer.labels(node.args[0])
-    weight = tracer.parameter(node.args[1])
+    weight = whole_weight(tracer, node.args[1])
     groups = int(argument(node, 6, "groups", 1))
     shape = out(node)
     weight_shape = tracer.shape(node.args[1])

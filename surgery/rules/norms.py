@@ -36,7 +36,7 @@ def batch_norm(tracer: Tracer, node: Node) -> Result:
 
 def layer_norm(tracer: Tracer, node: Node) -> Result:
     """layer_norm and rms_norm over the last dims."""
-    source = tracer.labels(node.args[0])
+    source = tracer.tokens(node.args[0])
     rank = len(source.shape)
     first = rank - len(argument(node, 1, "normalized_shape"))
     inside = [dim for dim in source.varying if dim >= first]

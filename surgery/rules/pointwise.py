@@ -28,29 +28,55 @@ def meet(tracer: Tracer, items: Sequence[Ref | Labels], shape: Shape, reason: st
     """Returns the labels of values that broadcast against each other.
 
     A parameter takes part only along the dims in which the other values have channels: a table
-    with one row per position loses whole columns. Where channels meet others along another dim,
-    as in an outer product, the more numerous may go.
+    with one row per position loses whole columns. Where the other values have none (a mask that
+    all heads share), it has its own along the dims that they lack, until it meets some. Where
+    channels meet others along another dim, as in an outer product, the more numerous may go.
     """
     flowing = [aligned(tracer.read(i), shape) for i in items if not tracer.is_weight(i)]
     channels = {dim for operand in flowing for dim in operand.varying}
-    tables = [
-        _table(tracer, i, shape, channels if flowing else None)
-        for i in items
-        if tracer.is_weight(i)
-    ]
+    if flowing and not channels:
+        lacking = [d for d in range(len(shape)) if all(x.shape[d] == 1 for x in flowing)]
+        tables = [_own(tracer, i, shape, lacking) for i in items if tracer.is_weight(i)]
+    else:
+        known = channels if flowing else None
+        tables = [_table(tracer, i, shape, known) for i in items if tracer.is_weight(i)]
     operands = flowing + tables
     if not operands:
         return Labels.none(shape)
-    widest = max(operands, key=lambda x: (not tracer.is_repeat(x), len(x.varying), x.ids.numel()))
+    widest = max(operands, key=lambda x: (*_claim(tracer, x), x.ids.numel()))
     for operand in operands:
         if operand is widest:
             continue
-        if not set(operand.varying) <= set(widest.varying):
+        elsewhere = [dim for dim in operand.varying if dim not in widest.varying]
+        if elsewhere and tracer.is_repeat(operand):
+            operand = tracer.narrowed(operand, elsewhere)
+        elif elsewhere:
             operand = tracer.freeze(operand, "meets channels along another dim")
         if any(operand.shape[dim] > 1 for dim in widest.varying):
             repeated = [dim for dim in widest.varying if operand.shape[dim] == 1]
             tracer.meets(widest, operand, repeated, reason)
     return Labels(widest.ids, shape)
+
+
+def _claim(tracer: Tracer, labels: Labels) -> tuple[bool, int]:
+    """Returns how much labels have to say: what is only repeated takes those of what it meets."""
+    return bool(labels.varying) and not tracer.is_repeat(labels), len(labels.varying)
+
+
+def _own(tracer: Tracer, item: Ref | Labels, shape: Shape, dims: Sequence[int]) -> Labels:
+    """Returns new labels of a parameter along some dims; they become those of what it meets later.
+
+    Args:
+        tracer: Where they are recorded.
+        item: The parameter, or what was computed from parameters.
+        shape: Shape of the result.
+        dims: The dims.
+    """
+    table = aligned(tracer.read(item), shape)
+    sizes = [size if dim in dims else 1 for dim, size in enumerate(table.shape)]
+    made = tracer.repeated(math.prod(sizes)).reshape(sizes)
+    tracer.unions.unify(table.ids, made, "goes together with fixed channels")
+    return Labels(made, table.shape)
 
 
 def _table(tracer: Tracer, item: Ref | Labels, shape: Shape, channels: set[int] | None) -> Labels:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from paretoprune.surgery.labels import Labels
 from paretoprune.surgery.program import Node, Ref, Shape
 from paretoprune.surgery.rules.base import Result, argument, dims_of, out, outs, word
-from paretoprune.surgery.rules.pointwise import pointwise
+from paretoprune.surgery.rules.pointwise import meet, pointwise
 
 if TYPE_CHECKING:
     from paretoprune.surgery.tracer import Tracer
@@ -48,6 +50,32 @@ def reduction(tracer: Tracer, node: Node) -> Result:
     if isinstance(node.shape, tuple) and node.shape and isinstance(node.shape[0], tuple):
         return tuple(result(shape) for shape in outs(node))
     return result(out(node))
+
+
+def similarity(tracer: Tracer, node: Node) -> Result:
+    """cosine_similarity: products and lengths over a dim, to which zeros add nothing."""
+    first, second = node.args[:2]
+    shape = tuple(torch.broadcast_shapes(tracer.shape(first), tracer.shape(second)))
+    source = meet(tracer, (first, second), shape, "is compared with fixed channels")
+    dim = int(argument(node, 2, "dim", 1)) % len(shape)
+    if dim in source.varying and len(source.varying) > 1:
+        source = tracer.narrowed(source, [dim])
+    elif dim in source.varying:
+        source = Labels.none(shape)
+    return Labels(source.ids.squeeze(dim), out(node))
+
+
+def ordering(tracer: Tracer, node: Node) -> Result:
+    """topk, sort, argsort: positions of one dim change places."""
+    source = tracer.labels(node.args[0])
+    position = 2 if node.operator == "topk" else 1
+    dims = dims_of(argument(node, position, "dim", -1), len(source.shape))
+    mixed = sorted(dims & set(source.varying))
+    if mixed:
+        source = tracer.constant(node.args[0], mixed, f"is ordered by {word(node)}")
+    if node.operator == "argsort":
+        return Labels(source.ids, out(node))
+    return tuple(Labels(source.ids, shape) for shape in outs(node))
 
 
 def along(tracer: Tracer, node: Node) -> Result:

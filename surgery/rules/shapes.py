@@ -203,10 +203,15 @@ def _repeated(tracer: Tracer, node: Node, source: Labels) -> Labels:
         if not tracer.is_weight(node.args[1]) and set(other.varying) <= set(dims):
             return Labels(other.ids, shape)
     else:
-        dims = [dim for dim in dims if not isinstance(node.args[1][dim], BatchSize)]
+        dims = [dim for dim in dims if not _is_batch(tracer, node.args[1][dim])]
         if len(dims) == 1:
             return Labels.along(dims[0], tracer.repeated(shape[dims[0]]), shape)
     return Labels(source.ids, shape)
+
+
+def _is_batch(tracer: Tracer, size: int) -> bool:
+    """Returns whether a size in the code is the number of examples, and no multiple of it."""
+    return isinstance(size, BatchSize) and size == tracer.program.batch
 
 
 def repeat(tracer: Tracer, node: Node) -> Result:
@@ -282,6 +287,32 @@ def indexing(tracer: Tracer, node: Node) -> Result:
     return Labels(source.ids.reshape(sizes), out(node))
 
 
+def gathering(tracer: Tracer, node: Node) -> Result:
+    """gather, take_along_dim: entries are picked along a dim that stays whole.
+
+    Every channel has its own places, or all have the same, which broadcast.
+    """
+    if node.operator == "gather":
+        along, places = node.args[1:3]
+    else:
+        places, along = node.args[1], argument(node, 2, "dim")
+    source, index = tracer.labels(node.args[0]), tracer.labels(places)
+    dim = 0 if along is None else int(along) % len(source.shape)
+    if dim in source.varying:
+        source = tracer.constant(node.args[0], [dim], "is indexed")
+    if dim in index.varying:
+        index = tracer.constant(places, [dim], "are places where another value is read")
+    varying = {*source.varying, *index.varying}
+    if all(index.shape[d] == 1 for d in varying) and node.operator == "take_along_dim":
+        return Labels(source.ids, out(node))
+    if along is None or any(source.shape[d] != index.shape[d] for d in varying):
+        tracer.freeze(source, "is indexed in parts")
+        tracer.freeze(index, "are places where another value is read")
+        return Labels.none(out(node))
+    tracer.unions.unify(source.ids, index.ids, "is indexed by fixed places")
+    return Labels(source.ids if source.varying else index.ids, out(node))
+
+
 def padding(tracer: Tracer, node: Node) -> Result:
     """pad: channels that a padding *module* adds may go again, those added in code stay."""
     source = tracer.labels(node.args[0])
@@ -336,6 +367,31 @@ def pixel_unshuffle(tracer: Tracer, node: Node) -> Result:
         return Labels.none(out(node))
     times = out(node)[dim] // len(channels)
     return Labels.along(dim, channels.repeat_interleave(times), out(node))
+
+
+def image_to_columns(tracer: Tracer, node: Node) -> Result:
+    """im2col (F.unfold): every channel becomes one for each place in a window."""
+    source = tracer.labels(node.args[0])
+    dim = len(source.shape) - 3
+    channels = source.line(dim)
+    if channels is None:
+        tracer.freeze(source, _cut(node))
+        return Labels.none(out(node))
+    times = out(node)[dim] // len(channels)
+    return Labels.along(dim, channels.repeat_interleave(times), out(node))
+
+
+def columns_to_image(tracer: Tracer, node: Node) -> Result:
+    """col2im (F.fold): the places of a window are one channel again."""
+    source = tracer.labels(node.args[0])
+    dim = len(source.shape) - 2
+    places = source.line(dim)
+    if places is None:
+        tracer.freeze(source, _cut(node))
+        return Labels.none(out(node))
+    window = places.reshape(out(node)[dim], -1)
+    tracer.unions.unify(window, window[:, :1], "is folded with fixed channels")
+    return Labels.along(dim, window[:, 0], out(node))
 
 
 def channel_shuffle(tracer: Tracer, node: Node) -> Result:

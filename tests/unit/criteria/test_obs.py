@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretoprune.criteria import CRITERIA
+from paretoprune.criteria import CRITERIA, block_saliency
 from paretoprune.surgery import PruningPlan, trace
 from paretoprune.surgery.least_squares import RIDGE
 from tests.unit.surgery.specimen import settle
@@ -192,3 +192,27 @@ def test_batches_of_different_sizes_count_by_their_examples() -> None:
     data = [(part, torch.zeros(len(part))) for part in inputs.split([100, 199, 1])]
     parts = CRITERIA["obs"]()(model, graph, data)
     torch.testing.assert_close(parts["0"], whole["0"], rtol=0.1, atol=0.01)
+
+
+class Mixing(nn.Module):
+    """A removable block whose inner channels cannot go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.second(self.first(x).cumsum(1))
+        return x + mixed
+
+
+def test_a_block_of_frozen_units_goes_last() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Mixing(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    graph = trace(model, torch.randn(2, 3, 4, 4))
+    assert graph.groups["1.first"].frozen
+    batches = [(torch.randn(8, 3, 4, 4), torch.randint(3, (8,)))]
+    for name in ("obs", "obs_per_mac"):
+        criterion = CRITERIA[name]()
+        saliency = criterion(model, graph, batches)
+        scores = block_saliency(criterion, saliency, model, graph, batches)
+        assert scores["1"] > max(float(values.max()) for values in saliency.values())

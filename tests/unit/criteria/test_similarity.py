@@ -615,3 +615,27 @@ def test_a_block_in_front_of_what_overwrites_is_scored_without_it() -> None:
         small = prune(model, graph, PruningPlan(removed=(block,)))
         expected = kl_divergence(model(inputs).double(), small(inputs).double()).item()
         assert found.blocks[block] == pytest.approx(expected, rel=1e-3)
+
+
+class Divided(nn.Module):
+    """Normalises by buffers, one for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.register_buffer("scale", torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(torch.tanh(self.layer(x) / self.scale))
+
+
+def test_a_unit_that_is_divided_by_a_buffer_is_masked_without_its_divisor() -> None:
+    model = Divided().eval()
+    inputs, targets = torch.randn(20, 4), torch.arange(20) % 4
+    graph = trace(model, inputs[:2])
+    found = changes(model, graph, SharedCalibration([(inputs, targets)]), 100, ["kl"])["kl"]
+    for unit in range(6):
+        kept = tuple(one for one in range(6) if one != unit)
+        small = prune(model, graph, PruningPlan({"layer": kept}))
+        expected = kl_divergence(model(inputs).double(), small(inputs).double()).item()
+        assert float(found.units["layer"][unit]) == pytest.approx(expected, rel=1e-3)

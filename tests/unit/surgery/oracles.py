@@ -47,6 +47,8 @@ def masked(model: nn.Module, graph: PruningGraph, plan: PruningPlan) -> nn.Modul
     tensors = dict([*dense.named_parameters(), *dense.named_buffers()])
     for name, kept in plan.kept.items():
         for item in graph.groups[name].slices:
+            if (item.parameter, item.axis) in graph.divisors:
+                continue
             gone = [p for unit, at in enumerate(item.indices) if unit not in kept for p in at]
             tensors[item.parameter].detach().index_fill_(item.axis, torch.tensor(gone).long(), 0)
     return dense

@@ -131,7 +131,7 @@ ZOO: Mapping[str, Specimen] = {
         zoo_wiring.Upsampled, IMAGES, {"first.0": 6, "deep.0": 8}, {"out": OUTPUT}
     ),
     "recurrent": Specimen(
-        zoo_refusals.Recurrent, TOKENS, {"hidden": 8}, {"embed": "aten.gru", "out": OUTPUT}
+        zoo_wiring.Recurrent, TOKENS, {"embed": 6, "gru": 7, "hidden": 8}, {"out": OUTPUT}
     ),
     "written_in_place": Specimen(
         zoo_refusals.WrittenInPlace,
@@ -148,8 +148,8 @@ ZOO: Mapping[str, Specimen] = {
     "standardised": Specimen(
         zoo_refusals.Standardised,
         IMAGES,
-        {"hidden": 6},
-        {"stem.0": "computed in the code", "head.2": OUTPUT},
+        {"conv": 7, "norm": 8, "hidden": 6},
+        {"stem.0": "the self-check failed: outputs differ", "head.2": OUTPUT},
     ),
     "multiplied": Specimen(
         zoo_refusals.Multiplied,

@@ -150,3 +150,15 @@ class TiedTransposed(nn.Module):
     def forward(self, x: Tensor) -> Any:
         code = F.relu(self.encoder(F.relu(self.first(x))))
         return self.out(F.linear(code, self.encoder.weight.t()))
+
+
+class Recurrent(nn.Module):
+    """A GRU between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gru = nn.Linear(4, 6), nn.GRU(6, 7, batch_first=True)
+        self.hidden, self.out = nn.Linear(7, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(F.relu(self.hidden(self.gru(self.embed(x))[0][:, -1])))
