@@ -107,7 +107,8 @@ def _ours(rows: Iterable[Mapping[str, str]], extra: Iterable[str]) -> Iterator[t
         groups.setdefault(tuple(row.get(name, "") for name in _APART), []).append(row)
     for (reduction, method, epochs, images, tested, full, recovery, *_), own in groups.items():
         removed = own[0].get("macs_reduction") if "recovery" in own[0] else reduction
-        run = f"{_total(own[0], epochs)} epochs"
+        total = _total(own[0], epochs)
+        run = f"{total} epoch{'' if total == '1' else 's'}"
         if own[0].get("again", "0") != "0":
             run += f", {own[0]['again']} of them again"
         if own[0].get("draws", "0") != "0":
