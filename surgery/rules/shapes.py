@@ -344,33 +344,21 @@ def padding(tracer: Tracer, node: Node) -> Result:
     return result
 
 
-def pixel_shuffle(tracer: Tracer, node: Node) -> Result:
-    """pixel_shuffle: the channels that become one pixel's square go together."""
+def joining(tracer: Tracer, node: Node) -> Result:
+    """pixel_shuffle and col2im (F.fold): the channels of a square or window become one."""
     source = tracer.labels(node.args[0])
-    dim = len(source.shape) - 3
+    dim = len(source.shape) - (2 if node.operator == "col2im" else 3)
     channels = source.line(dim)
     if channels is None:
-        tracer.freeze(source, "is shuffled along another dim")
+        tracer.freeze(source, _cut(node))
         return Labels.none(out(node))
     square = channels.reshape(out(node)[dim], -1)
-    tracer.unions.unify(square, square[:, :1], "is shuffled with fixed channels")
+    tracer.unions.unify(square, square[:, :1], "becomes one channel with fixed ones")
     return Labels.along(dim, square[:, 0], out(node))
 
 
-def pixel_unshuffle(tracer: Tracer, node: Node) -> Result:
-    """pixel_unshuffle: every channel becomes several."""
-    source = tracer.labels(node.args[0])
-    dim = len(source.shape) - 3
-    channels = source.line(dim)
-    if channels is None:
-        tracer.freeze(source, "is shuffled along another dim")
-        return Labels.none(out(node))
-    times = out(node)[dim] // len(channels)
-    return Labels.along(dim, channels.repeat_interleave(times), out(node))
-
-
-def image_to_columns(tracer: Tracer, node: Node) -> Result:
-    """im2col (F.unfold): every channel becomes one for each place in a window."""
+def spreading(tracer: Tracer, node: Node) -> Result:
+    """pixel_unshuffle and im2col (F.unfold): every channel becomes several."""
     source = tracer.labels(node.args[0])
     dim = len(source.shape) - 3
     channels = source.line(dim)
@@ -379,19 +367,6 @@ def image_to_columns(tracer: Tracer, node: Node) -> Result:
         return Labels.none(out(node))
     times = out(node)[dim] // len(channels)
     return Labels.along(dim, channels.repeat_interleave(times), out(node))
-
-
-def columns_to_image(tracer: Tracer, node: Node) -> Result:
-    """col2im (F.fold): the places of a window are one channel again."""
-    source = tracer.labels(node.args[0])
-    dim = len(source.shape) - 2
-    places = source.line(dim)
-    if places is None:
-        tracer.freeze(source, _cut(node))
-        return Labels.none(out(node))
-    window = places.reshape(out(node)[dim], -1)
-    tracer.unions.unify(window, window[:, :1], "is folded with fixed channels")
-    return Labels.along(dim, window[:, 0], out(node))
 
 
 def channel_shuffle(tracer: Tracer, node: Node) -> Result:
