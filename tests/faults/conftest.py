@@ -25,4 +25,4 @@ def runs(tmp_path: Path) -> Iterator[MakeRun]:
     for driver in (driver for run in made for driver in run.drivers):
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)
-        driver.communicate(timeout=60)
+        driver.communicate(timeout=300)

@@ -51,7 +51,7 @@ class Run:
 
     def wait_for(self, evaluations: int, driver: subprocess.Popen[str]) -> None:
         """Waits until so many evaluations were started in all, or the driver has ended."""
-        limit = time.monotonic() + 90
+        limit = time.monotonic() + 300
         while len(self.started()) < evaluations and driver.poll() is None:
             assert time.monotonic() < limit, "nothing happens"
             time.sleep(0.01)
@@ -82,13 +82,13 @@ class Refusal:
 
     @staticmethod
     def of(driver: subprocess.Popen[str]) -> Refusal:
-        output, _ = driver.communicate(timeout=120)
+        output, _ = driver.communicate(timeout=300)
         return Refusal(driver.returncode, output.splitlines())
 
 
 def ended(driver: subprocess.Popen[str]) -> int:
     """Waits for a driver that says nothing; returns its exit status."""
-    output, _ = driver.communicate(timeout=120)
+    output, _ = driver.communicate(timeout=300)
     assert output == ""
     return driver.returncode
 
@@ -103,4 +103,4 @@ def kill_at_random(run: Run, kills: int, chance: random.Random) -> None:
             run.wait_for(len(run.started()) + chance.randint(1, run.trials // kills), driver)
             time.sleep(chance.uniform(0, run.seconds))
         driver.kill()
-        driver.communicate(timeout=60)
+        driver.communicate(timeout=300)

@@ -40,7 +40,7 @@ def writing(file: Path) -> Iterator[subprocess.Popen[str]]:
         yield writer
     finally:
         writer.kill()
-        writer.communicate(timeout=60)
+        writer.communicate(timeout=300)
 
 
 def test_drafts_of_killed_writers_are_cleared_away(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_ray_survives_a_kill_and_ctrl_c(runs: MakeRun) -> None:
     driver = run.start()
     run.wait_for(8, driver)
     driver.kill()  # its workers end by themselves
-    driver.communicate(timeout=60)
+    driver.communicate(timeout=300)
 
     run.seconds = 600.0
     driver = run.start()
@@ -36,7 +36,7 @@ def test_ray_survives_a_kill_and_ctrl_c(runs: MakeRun) -> None:
     start = time.monotonic()
     os.killpg(driver.pid, signal.SIGINT)
     assert ended(driver) == 130
-    assert time.monotonic() - start < 30  # it does not wait for the evaluations
+    assert time.monotonic() - start < 300  # it does not wait for the evaluations
 
     run.seconds = 0.1
     assert ended(run.start()) == 0
@@ -50,7 +50,7 @@ def test_a_second_driver_is_refused(runs: MakeRun, database: bool) -> None:
     first = run.start()
     run.wait_for(1, first)
     second = run.start()
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=300)
     assert second.returncode == 3
     assert output.splitlines() == [
         f"another search is running in {run.folder}; wait until it ends or stop it first."

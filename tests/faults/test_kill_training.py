@@ -40,13 +40,13 @@ def trained(folder: Path) -> list[str]:
 def kill_after(folder: Path, strategy: str, workers: int, epochs: int) -> None:
     """Kills a driver once so many epochs were trained in all."""
     driver = start(folder, strategy, workers)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while len(trained(folder)) < epochs:
         assert driver.poll() is None, driver.communicate()[0]
         assert time.monotonic() < limit, "nothing happens"
         time.sleep(0.005)
     os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate(timeout=60)
+    driver.communicate(timeout=300)
 
 
 def finish(folder: Path, strategy: str, workers: int) -> list[Record]:

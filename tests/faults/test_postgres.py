@@ -148,13 +148,13 @@ def test_the_command_keeps_its_run_when_the_server_goes_away(
     url = f"postgresql://search@127.0.0.1:{server.port}/one"
     options = ["--flops", "50%", "--trials", "400", "--workers", "0", "--run", "one"]
     search = command("search", "digits", *options, "--storage", url)
-    limit = time.monotonic() + 150
+    limit = time.monotonic() + 300
     while len(list((tmp_path / "one" / "evals").glob("*.json"))) < 3:
         assert search.poll() is None, search.communicate()
         assert time.monotonic() < limit, "nothing happens"
         time.sleep(0.1)
     server.stop()
-    _, said = search.communicate(timeout=120)
+    _, said = search.communicate(timeout=300)
     assert search.returncode == 2
     assert said.splitlines()[0].startswith(f"error: the study in {url} cannot be used (")
     assert len(said.splitlines()) == 1

@@ -99,7 +99,7 @@ def test_a_disk_that_fills_up_and_one_that_is_read_only(disk: Path) -> None:
     place = ["--runs-dir", str(disk), "--quiet"]
     options = ["--flops", "50%", "--workers", "0", "--run", "one", "--trials", str(TRIALS)]
     command = start("search", "digits", *options, *place)
-    limit = time.monotonic() + 150
+    limit = time.monotonic() + 300
     while len(records(disk / "one")) < 3:
         assert command.poll() is None, command.communicate()
         assert time.monotonic() < limit, "nothing happens"

@@ -73,7 +73,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     process = command(
         folder, "search", "digits", "--flops", "50%", "--trials", str(TRIALS), "--workers", "2"
     )
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f"[{TRIALS}/{TRIALS}]" in err
     return Job(folder, "digits-50pct-1", out)
@@ -246,12 +246,12 @@ def test_an_interrupted_search_goes_on_where_it_was(at_job: Job) -> None:
     options = ["--weights", str(weights), "--flops", "40%", "--run", "stopped", "--workers", "2"]
     process = command(at_job.folder, "search", "digits", *options, "--trials", "400", "--quiet")
     folder = Path("runs/stopped")
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while time.monotonic() < end and _finished(folder) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "continue with: paretoprune resume stopped" in err
     assert len(err.splitlines()) == 1

@@ -67,9 +67,9 @@ class Evaluation:
                 raise RuntimeError("made to fail")
             if self.wrong == "always dies" or (self.wrong == "dies" and first):
                 os.kill(os.getpid(), signal.SIGKILL)
-        wait_until = time.monotonic() + 30
+        wait_until = time.monotonic() + 300
         while self.wrong == "meets" and len(self._processes()) < 2:
-            assert time.monotonic() < wait_until, "no second worker within 30 s"
+            assert time.monotonic() < wait_until, "no second worker"
             time.sleep(0.05)
         return metrics_of(plan)
 

@@ -368,7 +368,7 @@ def test_ctrl_c_while_the_program_is_imported_prints_no_traceback() -> None:
         """
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
     )
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
@@ -418,7 +418,7 @@ def test_help_is_quick_and_has_an_example_for_every_command() -> None:
         """
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     for command in COMMANDS:
