@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-lower test-upper clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -18,7 +18,16 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(MAKE) --no-print-directory -j2 test-lower test-upper
+
+# Two halves of about the same length, side by side: one process of pytest uses one core.
+LOWER = tests/contracts tests/unit/criteria tests/unit/search tests/unit/surgery
+
+test-lower:
+	$(BIN)/pytest -q $(LOWER)
+
+test-upper:
+	$(BIN)/pytest -q tests $(LOWER:%=--ignore=%)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
