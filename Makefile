@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-lower test-upper clean
+.PHONY: demo test test-one-half test-other-half clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -18,16 +18,16 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory -j2 test-lower test-upper
+	$(MAKE) --no-print-directory -j2 test-one-half test-other-half
 
-# Two halves of about the same length, side by side: one process of pytest uses one core.
-LOWER = tests/contracts tests/unit/criteria tests/unit/search tests/unit/surgery
+# Side by side, because one process of pytest uses one core; of about the same length.
+HALF = tests/contracts tests/faults tests/integration tests/unit/criteria tests/unit/surgery
 
-test-lower:
-	$(BIN)/pytest -q $(LOWER)
+test-one-half:
+	$(BIN)/pytest -q $(HALF)
 
-test-upper:
-	$(BIN)/pytest -q tests $(LOWER:%=--ignore=%)
+test-other-half:
+	$(BIN)/pytest -q tests $(HALF:%=--ignore=%)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -179,7 +179,7 @@ def test_what_is_handed_out_is_the_better_of_two_reconstructions(
     candidate = Evaluator(few, graph)(plan, 0)["loss"]
     whole = Evaluator(problem, graph)(plan, 0)["loss"]
     assert whole != pytest.approx(candidate, rel=1e-4)
-    assert loss_of(few) == candidate
+    assert loss_of(few) == pytest.approx(candidate, rel=1e-5)  # in another memory layout
     better, worse = sorted(
         (few, problem), key=lambda each: Evaluator(each, graph)(plan, 0)["loss"]
     )
