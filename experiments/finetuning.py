@@ -33,7 +33,7 @@ def finetuning_for(model: nn.Module) -> Training:
     """Returns how a network is fine-tuned: by SGD where BatchNorm normalises, else by AdamW.
 
     Behind a BatchNorm the length of weights has no effect, which forgives the large steps of SGD
-    (Arora et al., ICLR 2019, arXiv:1812.03981). They destroy a transformer.
+    (Arora et al., ICLR 2019, arXiv:1812.03981). Behind other norms they do harm.
     """
     kinds = {type(module) for module in model.modules()}
     batch = any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds)

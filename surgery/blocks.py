@@ -88,7 +88,7 @@ def _extent(
     if len(results) != 1 or _shares_parameters(program, users, nodes):
         return None
     result = results[0]
-    for source in sources:  # the branch alone reads others, such as a mask
+    for source in sorted(sources):  # the branch alone reads others, such as a mask
         branches: set[str] = set()
         if (
             program.nodes[source].shape == program.nodes[result].shape

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from paretoprune.surgery.labels import Labels, Unions, compressed
 from paretoprune.surgery.notes import MacsTerm, Number, Piece
 from paretoprune.surgery.program import (
-    FILLS,
     BatchSize,
     Node,
     Program,
@@ -76,11 +75,11 @@ class Tracer:
         self.numbers: list[Number] = []
         self.cuts: dict[str, tuple[int, Tensor, tuple[int, ...]]] = {}
         self.statistics: dict[str, tuple[int, Tensor]] = {}
+        self.companions: dict[str, list[tuple[str, dict[int, int]]]] = {}
         self._rule: Rule | None = None
         self._repeats: set[int] = set()
         self._conditions: list[tuple[Tensor, Tensor, list[int], str]] = []
         self._elements: dict[str, Labels] = {}
-        self.companions: dict[str, list[tuple[str, dict[int, int]]]] = {}
         self._shapes: dict[str, Shape] = {
             node.target: node.shape  # type: ignore[misc]
             for node in program.nodes.values()
@@ -219,10 +218,6 @@ class Tracer:
     def is_repeat(self, labels: Labels) -> bool:
         """Returns whether all labels are those of a dim along which code repeats a value."""
         return not self._repeats.isdisjoint(labels.ids.reshape(-1)[:1].tolist())  # may be empty
-
-    def is_fill(self, ref: Ref) -> bool:
-        """Returns whether a value is made of one number, so that it may be of any size."""
-        return self.program.nodes[ref.name].operator in FILLS
 
     def parameter(self, ref: Any) -> str | None:
         """Returns the qualified name of an argument that is a parameter or buffer, else None."""

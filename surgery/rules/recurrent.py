@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paretoprune.surgery.labels import Labels
-from paretoprune.surgery.program import Node, Ref
+from paretoprune.surgery.program import FILLS, Node, Ref
 from paretoprune.surgery.rules.base import Result, out, outs
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def recurrent(tracer: Tracer, node: Node) -> Result:
     if projected:  # torch tells a projection by its being narrower
         tracer.unions.freeze(units, "are projected to fewer, which must stay fewer")
     steps = math.prod(shapes[0][:-1])
-    for cell in range(layers * directions):
-        some = [str(name) for name in names[cell * width : (cell + 1) * width]]
-        if cell == directions:
+    for number in range(layers * directions):
+        some = [str(name) for name in names[number * width : (number + 1) * width]]
+        if number == directions:
             channels = torch.cat([made] * directions)
         _cell(tracer, node, some, channels, units.repeat(gates), made, steps)
         if projected:
@@ -114,8 +114,9 @@ def _begin(tracer: Tracer, state: Any, line: Tensor) -> None:
     """Notes that a state has the units of a layer: one of zeros is as long as they are."""
     labels = tracer.labels(state)
     begun = Labels.along(len(labels.shape) - 1, line, labels.shape)
-    if not labels.present and tracer.is_fill(state):
+    node = tracer.program.nodes[state.name]
+    if not labels.present and node.operator in FILLS:
         tracer.values[state.name] = begun
-        tracer.number(tracer.program.nodes[state.name], len(line), begun, -1)
+        tracer.number(node, len(line), begun, -1)
     else:
         tracer.unions.unify(labels.ids, begun.ids, "meets fixed channels in a recurrent layer")
