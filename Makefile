@@ -21,7 +21,7 @@ test: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory -j2 test-one-half test-other-half
 
 # Side by side, because one process of pytest uses one core; of about the same length.
-HALF = tests/contracts tests/faults tests/integration tests/unit/criteria tests/unit/surgery
+HALF = tests/contracts tests/device tests/faults tests/integration tests/unit/criteria tests/unit/surgery
 
 test-one-half:
 	$(BIN)/pytest -q $(HALF)

@@ -24,7 +24,6 @@ from paretoprune.surgery import (
     Reconstructor,
     prune,
     recalibrate,
-    trace,
 )
 from paretoprune.surgery.progress import Progress, silent
 
@@ -68,6 +67,7 @@ class Comparison:
 
     Args:
         problem: The network and its data.
+        graph: The network's graph.
         criteria: By name.
         saliency_dir: Folder in which saliencies are kept.
         progress: Told how far the saliencies are.
@@ -77,6 +77,7 @@ class Comparison:
     def __init__(
         self,
         problem: Problem,
+        graph: PruningGraph,
         criteria: Mapping[str, Criterion],
         saliency_dir: Path,
         progress: Progress = silent,
@@ -84,7 +85,7 @@ class Comparison:
     ) -> None:
         self.problem = problem
         self.bounds = bounds
-        self.graph: PruningGraph = trace(problem.model, problem.example_inputs)
+        self.graph = graph
         self.model = on_device(problem.model)
         self._calibration = Moved(problem.calibration, device_of(self.model))
         self._reconstruct: Reconstructor | None = None

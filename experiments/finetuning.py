@@ -113,15 +113,20 @@ class FineTuner:
 
 def _check_classes(problem: Problem) -> None:
     """Verifies that the dense network returns what is distilled: a logit for each class."""
-    inputs, _ = next(iter(problem.calibration))
+    inputs, targets = next(iter(problem.calibration))
     with evaluating(problem.model), torch.no_grad():
         outputs = forward(problem.model, inputs)
     if isinstance(outputs, Tensor) and outputs.dim() > 1 and outputs.shape[1] > 1:
-        return
+        integers = not targets.is_floating_point()
+        classes = integers and outputs.shape[:1] + outputs.shape[2:] == targets.shape
+        if classes or problem.loss is F.cross_entropy:  # of which a search has checked the targets
+            return
     got = (
         f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
     )
+    kind = "floats" if targets.is_floating_point() else "integers"
     raise ValueError(
         f"distillation compares probabilities of classes, so that a network returns a tensor of "
-        f"shape (n, classes, ...), but {problem.name} returns {got}; train without it."
+        f"shape (n, classes, ...) for targets that are classes, (n, ...), but {problem.name} "
+        f"returns {got} for {kind} of shape {tuple(targets.shape)}; train without it."
     )

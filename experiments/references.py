@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.experiments.data.datasets import IMAGENET, Preparation
-from paretoprune.search.evaluation import one_line
+from paretoprune.search.evaluation import first_line, one_line
 from paretoprune.search.weights import EXTRA_STATE
 
 LIBRARIES = ("torchvision", "timm")
@@ -313,8 +313,3 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{file} must hold a dictionary of tensors, a state dict.")
     return state
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

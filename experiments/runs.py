@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import uuid
 from collections.abc import Mapping
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from paretoprune.criteria import UNBOUNDED, Bounds
+from paretoprune.criteria.drafts import drafted
 from paretoprune.experiments.units import format_target
+from paretoprune.search.checks import DAMAGE
 from paretoprune.search.ties import Granularity
 
 SCHEMA = 1
@@ -79,7 +80,7 @@ class RunSpec:
     bounds: Bounds = UNBOUNDED
     data: str | None = None
     weights: str | None = None
-    sampler: str | None = "tpe"
+    sampler: str | None = DAMAGE
     strategy: str = "optuna"
     finetune: int = 0
     top: int = 3
@@ -224,6 +225,5 @@ def _unknown(runs_dir: Path, name: str) -> str:
 
 def write_json(file: Path, data: object) -> None:
     """Writes JSON so that a reader sees the old file or the whole new one, never a part."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
-    temporary.replace(file)
+    with drafted(file) as draft:
+        draft.write_text(json.dumps(data, indent=2) + "\n")

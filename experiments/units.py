@@ -1,4 +1,4 @@
-"""FLOPs targets and MACs as people write them; counts are MACs (one multiply-accumulate = 1)."""
+"""FLOPs targets, MACs and lists as people write them; MACs: one multiply-accumulate = 1."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def parse_flops(text: str) -> float | int:
             f"for a share write {text.strip()}% (or 50% for one half)."
         )
     return macs
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Returns what commas separate, each once.
+
+    Raises:
+        ValueError: If there is nothing between the commas.
+    """
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if text and not found:
+        raise ValueError(f"commas separate names, but got {text!r} without any.")
+    return found
 
 
 def parse_fraction(text: str, what: str) -> float:

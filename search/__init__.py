@@ -3,6 +3,7 @@
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import SAMPLERS
 from paretoprune.search.errors import (
+    NothingCompleted,
     RunLocked,
     SearchInterrupted,
     SearchStuck,
@@ -13,7 +14,7 @@ from paretoprune.search.front import ParetoFront, hypervolume, non_dominated
 from paretoprune.search.listener import Listener, SearchInfo
 from paretoprune.search.loop import read_run, search
 from paretoprune.search.metrics import evaluate
-from paretoprune.search.problem import Batch, Direction, Objective, Problem
+from paretoprune.search.problem import Batch, Direction, Metric, Objective, Problem
 from paretoprune.search.record import (
     Completed,
     Failed,
@@ -36,6 +37,8 @@ __all__ = [
     "Finetuning",
     "Infeasible",
     "Listener",
+    "Metric",
+    "NothingCompleted",
     "Objective",
     "Outcome",
     "ParetoFront",

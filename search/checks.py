@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from paretoprune.criteria import (
     CRITERIA,
     UNBOUNDED,
     Bounds,
     Criterion,
+    fingerprint,
     largest_macs,
     smallest_macs,
     target_macs,
 )
 from paretoprune.search.cluster import reach
-from paretoprune.search.evaluation import on_device
-from paretoprune.search.metrics import device_of, evaluating, forward
+from paretoprune.search.evaluation import on_device, one_line
+from paretoprune.search.metrics import device_of, evaluate, evaluating, forward
 from paretoprune.search.objectives import MEASURED
-from paretoprune.search.problem import Batch, Problem
+from paretoprune.search.problem import Batch, Metric, Problem
+from paretoprune.search.ties import GRANULARITIES
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune
-from paretoprune.surgery.inputs import join_rows
+from paretoprune.surgery.inputs import has_rows, join_rows
 from paretoprune.surgery.trial_plans import whole_plan
 
 DAMAGE = "damage"
 """The sampler of `search.damage`."""
 SAMPLERS = (DAMAGE, "tpe", "nsga2", "nsga3", "gp", "random")
 """Names of the samplers: our own, then Optuna's."""
+_METRIC = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 def check_flops(flops: float | int) -> None:
@@ -67,13 +75,44 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {kind} {name!r}; available: {', '.join(options)}.")
 
 
-def check_sampler(name: str) -> None:
-    """Verifies the name of a sampler.
+def check_search(
+    strategy: str,
+    criteria: Iterable[str],
+    *,
+    objectives: Sequence[str],
+    measured: Iterable[str] | None,
+    granularity: str,
+    bounds: Bounds,
+    sampler: str | None,
+    recovery: int,
+    trials: int,
+    seed: int,
+    workers: int | None,
+    gpus_per_trial: float | None,
+    trial_timeout: float | None,
+) -> None:
+    """Verifies what a search is asked for; see `search.loop.search` for the other arguments.
+
+    Args:
+        strategy: Which.
+        criteria: Names.
+        objectives: Names.
+        measured: Which objectives there are; None where that is not known yet.
 
     Raises:
-        ValueError: If it is unknown; lists what is.
+        ValueError: If something is unknown, out of range, or would not be used.
     """
-    check_name("sampler", name, SAMPLERS)
+    steps = strategy == "everything"
+    check_count("trials", trials, 2 if steps else 1)  # a step has two candidates
+    check_count("seed", seed, 0)
+    check_count("recovery", recovery, 0)
+    check_workers(workers, gpus_per_trial, trial_timeout)
+    check_objectives(objectives, measured)
+    check_used(strategy, sampler, recovery)
+    check_name("sampler", sampler or DAMAGE, SAMPLERS)
+    check_name("granularity", granularity, GRANULARITIES)
+    if steps:
+        check_steps(criteria, objectives, bounds, granularity)
 
 
 def check_used(strategy: str, sampler: str | None, recovery: int) -> None:
@@ -157,14 +196,14 @@ def check_workers(
             )
 
 
-def check_objectives(names: Sequence[str]) -> None:
-    """Verifies the names of objectives.
+def check_objectives(names: Sequence[str], measured: Iterable[str] | None) -> None:
+    """Verifies the names of objectives; `measured` are those there are, None if not known yet.
 
     Raises:
         ValueError: If there are fewer than two, one is unknown or named twice.
     """
-    for name in names:
-        check_name("objective", name, MEASURED)
+    for name in names if measured is not None else ():
+        check_name("objective", name, measured or ())
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"a search has two or more different objectives, but got {list(names)}.")
 
@@ -221,16 +260,85 @@ def criteria_by_name(criteria: Sequence[str] | Mapping[str, Criterion]) -> dict[
 
 
 def check_problem(problem: Problem) -> None:
-    """Verifies that the data is there and fits the model, on one batch of each split.
+    """Verifies that the data is there and fits the model and the loss.
+
+    Reads the calibration data and the first batches of the other splits.
 
     Raises:
-        ValueError: If a split is empty or can be read only once, or if the loss does not accept
-            the model's outputs with the targets.
+        ValueError: If the model is no module, if a split is empty, can be read only once or cannot
+            be used as it is, if the search split is drawn anew at every reading, or if the loss
+            does not fit what the model returns and the targets.
     """
+    if not isinstance(problem.model, nn.Module):
+        raise ValueError(f"problem.model is a module, but got a {type(problem.model).__name__}.")
     for name in ("calibration", "validation", "recalibration", "refit"):
         batches = getattr(problem, name)
         if batches is not None:
             _check_batch(problem, name, _first(name, batches))
+    first, again = (
+        fingerprint.of_batches([_first("validation", problem.validation)]) for _ in range(2)
+    )
+    if first != again:
+        raise ValueError(
+            "problem.validation gives other batches every time it is read, so that candidates "
+            "would be compared on different data; give it without shuffling, sampling and random "
+            "augmentation."
+        )
+    _check_calibration(problem)
+    for name, metric in problem.metrics.items():
+        _check_metric(problem, name, metric)
+
+
+def _check_metric(problem: Problem, name: str, metric: Metric) -> None:
+    """Verifies that a metric has a name of its own and measures a number."""
+    if name in MEASURED or not _METRIC.fullmatch(name):
+        raise ValueError(
+            f"a metric of problem.metrics is named by letters, digits and '_' and not as one that "
+            f"is measured anyway ({', '.join(MEASURED)}), but got {name!r}."
+        )
+    batch = [_first("validation", problem.validation)]
+    try:
+        value = evaluate(problem.model, batch, problem.loss, {name: metric})[name]
+    except Exception as error:
+        raise ValueError(
+            f"the metric {name!r} does not take the model's outputs with the targets of "
+            f"problem.validation: {one_line(error)}"
+        ) from error
+    if not math.isfinite(value):
+        raise ValueError(f"the metric {name!r} of a batch of problem.validation is {value}.")
+
+
+def _check_calibration(problem: Problem) -> None:
+    """Verifies that the calibration batches can be joined, and are numbers."""
+    expected = _sizes(problem.example_inputs)
+    ranks = [len(size) for size in expected]
+    first: list[tuple[int, ...]] | None = None
+    for inputs, _ in problem.calibration:
+        sizes = _sizes(inputs)
+        if [len(size) for size in sizes] != ranks:
+            raise ValueError(
+                f"problem.example_inputs are inputs as of problem.calibration, a batch of "
+                f"examples, but they have {_said(expected)} and a batch has {_said(sizes)} as "
+                f"the sizes of one example."
+            )
+        first = first or sizes
+        if sizes != first:
+            raise ValueError(
+                f"problem.calibration has examples of {_said(first)} and of {_said(sizes)}; bring "
+                f"all to the same size, as by padding them to one length."
+            )
+        for leaf in tree_leaves(inputs):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
+                raise ValueError("the inputs of problem.calibration are not all finite numbers.")
+
+
+def _sizes(inputs: Any) -> list[tuple[int, ...]]:
+    """Returns the size of one example in each tensor of a network's inputs."""
+    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(inputs) if has_rows(leaf)]
+
+
+def _said(sizes: Sequence[tuple[int, ...]]) -> str:
+    return " and ".join("x".join(map(str, size)) or "1" for size in sizes)
 
 
 def _first(name: str, batches: Iterable[Batch]) -> Batch:
@@ -267,15 +375,42 @@ def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
                 f"the model does not take a batch of problem.{name}: {error}"
             ) from error
         try:
-            value = float(problem.loss(outputs, targets.to(device_of(model))))
+            value = problem.loss(outputs, targets.to(device_of(model)))
         except Exception as error:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(
                 f"the loss does not take the model's outputs ({shape}) with the targets "
                 f"({tuple(targets.shape)}) of problem.{name}: {error}"
             ) from error
-    if value != value:
-        raise ValueError(f"the loss of the dense network on problem.{name} is not a number.")
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"problem.loss returns a tensor with one number, but got {got}.")
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss of the dense network on problem.{name} is {float(value)}, and must be "
+            f"finite."
+        )
+    if problem.loss is F.cross_entropy:
+        _check_classes(name, outputs, targets)
+
+
+def _check_classes(name: str, outputs: Tensor, targets: Tensor) -> None:
+    """Verifies that the cross entropy, the loss by default, is meant: it takes any floats."""
+    classes = outputs.shape[min(1, outputs.dim() - 1)]
+    if targets.is_floating_point():
+        sums = targets.sum(min(1, targets.dim() - 1))
+        shares = bool((targets >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), 1e-3)
+        fits, got = shares, "floats that are no probabilities"
+    else:
+        fits, got = True, "integers"
+    if fits and classes > 1:
+        return
+    raise ValueError(
+        f"the loss is the cross entropy, for a logit of each of two classes or more and targets "
+        f"that are classes, but the network returns {tuple(outputs.shape)} and the targets of "
+        f"problem.{name} are {got} of shape {tuple(targets.shape)}; give `loss` in a function "
+        f"that returns a Problem, such as F.mse_loss or F.binary_cross_entropy_with_logits."
+    )
 
 
 def check_trainable(problem: Problem, graph: PruningGraph) -> None:

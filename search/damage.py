@@ -94,7 +94,7 @@ class DamageModel:
             offsets = self._mutated(parent, len(done), generator)
         else:
             offsets = np.log(self._coefficients(_like(parent, done), generator))
-        offsets -= offsets.mean() if len(offsets) else 0.0
+        offsets -= offsets.mean()
         removed = len(parent.removed)
         if generator.random() < _BLOCK:
             removed += generator.choice((-1, 1))
@@ -114,8 +114,7 @@ class DamageModel:
         of_tie = {tie: parent.offsets.get(group, 0.0) for group, tie in self._space.ties.items()}
         offsets = np.array([of_tie[tie] for tie in self._ties])
         changed = generator.random(len(offsets)) < _GROUPS
-        if len(offsets):
-            changed[generator.integers(len(offsets))] = True
+        changed[generator.integers(len(offsets))] = True
         step = _STEP * 0.5 ** (trials / _HALVED)
         return offsets + changed * generator.normal(scale=step, size=len(offsets))
 

@@ -16,6 +16,10 @@ class SearchStuck(RuntimeError):
     """The steps of the strategy `everything` cannot go on; what is finished is kept."""
 
 
+class NothingCompleted(RuntimeError):
+    """All trials of a search are finished, and none of them completed; says for which reasons."""
+
+
 class StoreFailed(RuntimeError):
     """The study of a run cannot be opened, read or written; what it has is intact."""
 

@@ -135,19 +135,12 @@ class Evaluator:
             "_features": None,
         }
 
-    def __call__(self, plan: PruningPlan, seed: int) -> dict[str, float]:
-        """Returns `loss` and, for a classifier, `accuracy` on the search split, `macs`, `params`.
-
-        Args:
-            plan: What to keep.
-            seed: Seed of torch's generators; the caller's are left as they were.
-        """
-        return dict(self.race(plan, seed).metrics)
-
-    def race(
+    def __call__(
         self, plan: PruningPlan, seed: int, rival: Sequence[float] = ()
     ) -> Completed | Stopped:
-        """Returns the same metrics, unless a rival is clearly better before all is measured.
+        """Returns `macs`, `params`, and what `evaluate` measures on the search split.
+
+        Stopped, with the loss estimated, where a rival is clearly better before all is measured.
 
         Args:
             plan: What to keep.
@@ -161,6 +154,7 @@ class Evaluator:
             small,
             self._problem.validation,
             self._problem.loss,
+            self._problem.metrics,
             lambda losses: dominated(losses, rival),
         )
         metrics = {**measured.metrics, **latency}
@@ -257,6 +251,11 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()  # for the other workers on the same GPU
     with suppress(OSError, AttributeError):  # other C libraries do not have it, nor need it
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: BaseException) -> str:

@@ -40,6 +40,7 @@ from paretoprune.search.evaluation import Moved, give_back_memory, on_device
 from paretoprune.search.finetuning import Finetuning, forget_training, train_and_keep
 from paretoprune.search.ledger import Ledger, Task, key_of
 from paretoprune.search.metrics import device_of, evaluate
+from paretoprune.search.objectives import SIMILARITY
 from paretoprune.search.problem import Problem
 from paretoprune.search.record import LAYER, NEURONS, Completed, Failed, Outcome, Record
 from paretoprune.search.space import COARSE
@@ -57,8 +58,6 @@ from paretoprune.surgery.inputs import gather_inputs
 if TYPE_CHECKING:  # the study imports optuna, which `import paretoprune.search` must not
     from paretoprune.search.study import Study
 
-SIMILARITY = "cka_to_parent"
-"""Name of the metric that decides between the candidates of a step."""
 _SHARE = 0.05  # of the dense MACs that a step takes from a network without removable blocks
 _IMAGES = 5000  # at most, on which candidates are compared with their parent
 
@@ -112,7 +111,7 @@ class CandidateStep:
     def __call__(
         self, plan: PruningPlan, seed: int, parent: PruningPlan | None = None
     ) -> dict[str, float]:
-        """Returns `loss`, `accuracy`, `macs`, `params` and `cka_to_parent` of a candidate.
+        """Returns `macs`, `params`, `cka_to_parent` and what `evaluate` measures of a candidate.
 
         Args:
             plan: Of the candidate, from the dense network.
@@ -124,7 +123,9 @@ class CandidateStep:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             small = self._recovered(large, before, plan, seed)
-        measured = evaluate(small, self.problem.validation, self.problem.loss)
+        measured = evaluate(
+            small, self.problem.validation, self.problem.loss, self.problem.metrics
+        )
         measured[SIMILARITY] = self._similarity(large, before, small, plan)
         del small, large
         give_back_memory()

@@ -188,7 +188,7 @@ class FinetuningStep:
         )
         start = _begun(self.problem, self.graph, plan, self.weights, FINETUNED)
         before, after = (
-            evaluate(network, self.problem.validation, self.problem.loss)
+            evaluate(network, self.problem.validation, self.problem.loss, self.problem.metrics)
             for network in (start, trained)
         )
         return {

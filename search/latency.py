@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +75,7 @@ def time_in_turns(passes: Sequence[Callable[[], object]], seconds: float = 2.0) 
         end = time.perf_counter() + seconds
         while len(times[0]) < 10 or (time.perf_counter() < end and len(times[0]) < 1000):
             for run, measured in zip(passes, times, strict=True):
-                measured.append(_seconds(run))
+                measured.append(seconds_of(run))
     return [_summary(measured) for measured in times]
 
 
@@ -91,8 +90,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """Returns the seconds of one forward pass."""
+def seconds_of(run: Callable[[], object]) -> float:
+    """Returns the wall time of a call, what it left running on a GPU included."""
     _wait()
     start = time.perf_counter()
     run()
@@ -108,26 +107,3 @@ def _wait() -> None:
 def _summary(seconds: list[float]) -> Latency:
     low, middle, high = (1000 * value for value in statistics.quantiles(seconds, n=4))
     return Latency(middle, (high - low) / 2, len(seconds))
-
-
-def conditions(model: nn.Module) -> str:
-    """Returns what a latency holds for: the device and the version of torch."""
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.is_cuda:
-        device = torch.cuda.get_device_name(parameter.device)
-    else:
-        device = f"{platform.machine()} CPU, 1 thread"
-    return f"{device}, torch {torch.__version__}"
-
-
-def widths(model: nn.Module) -> tuple[int, ...]:
-    """Returns the number of outputs of every convolution and linear layer.
-
-    Kernels compute them in blocks, so that a number between two multiples takes the time of the
-    larger one.
-    """
-    return tuple(
-        module.weight.shape[0]
-        for module in model.modules()
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-    )

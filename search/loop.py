@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from paretoprune.criteria import UNBOUNDED, Bounds, Criterion
 from paretoprune.criteria.drafts import remove_dead_drafts
 from paretoprune.search import checks
 from paretoprune.search.dense import dense_latency
-from paretoprune.search.errors import SearchInterrupted
+from paretoprune.search.errors import NothingCompleted, SearchInterrupted
 from paretoprune.search.finetuning import Finetuning
 from paretoprune.search.front import ParetoFront
 from paretoprune.search.ledger import Ledger
 from paretoprune.search.listener import Listener, SearchInfo
+from paretoprune.search.objectives import directions_of, measured_of
 from paretoprune.search.prepare import Request
 from paretoprune.search.problem import Problem
-from paretoprune.search.record import Record
+from paretoprune.search.record import Record, reasons
 from paretoprune.search.searcher import Executor, run_inline
 from paretoprune.search.stages import EVALUATIONS, Stage, Stages
-from paretoprune.search.ties import GRANULARITIES, Granularity
+from paretoprune.search.ties import Granularity
 from paretoprune.search.weights import FOLDER
 from paretoprune.surgery.progress import Progress, silent
-
-if TYPE_CHECKING:  # `import paretoprune.search` must not import optuna
-    from paretoprune.search.study import Study
 
 JOURNAL = "journal.log"
 """File of the study in a run's folder."""
@@ -57,7 +54,7 @@ def search(
     address: str | None = None,
     gpus_per_trial: float | None = None,
     trial_timeout: float | None = None,
-    run_dir: Path | None = None,
+    run_dir: Path | str | None = None,
     storage: str | None = None,
     saliency_dir: Path | None = None,
     listeners: Sequence[Listener] = (),
@@ -66,8 +63,8 @@ def search(
     """Returns the Pareto front of pruned networks within a FLOPs target.
 
     A run whose folder holds a study is resumed: the search goes on until exactly `trials` trials
-    are finished in all, that is completed, failed or infeasible. A plan that was evaluated
-    before is not evaluated again; trials that come to it take its metrics.
+    are finished in all, that is completed, stopped early, failed or infeasible. A plan that was
+    evaluated before is not evaluated again; trials that come to it take its metrics.
 
     With the strategy `everything` (see `search.everything`) the front has the whole way from the
     dense network to the target; `ParetoFront.best` takes the target.
@@ -77,14 +74,15 @@ def search(
         flops: The target: a float in (0, 1] is the share of the dense MACs that a plan may keep,
             an int the MACs themselves.
         trials: How many trials are to be finished, those of a resumed run included; at most so
-            many with the strategy `everything`, which has two per step.
+            many with the strategy `everything`, which has two per step and needs two.
         strategy: `optuna`, where a sampler decides, or `everything`, the greedy choice between
             a layer and neurons in every step.
         criteria: Names in `CRITERIA`, or criteria by a name of your own; `everything` takes
             one. None takes `obs`, `obs_per_mac` and `taylor`, or `kl` for `everything`.
         objectives: Names of the metrics to optimise, two or more: `loss`, `accuracy`, `macs`,
             `params`, `cka` (similarity of the last features to the dense network's), `latency`
-            (ms of a forward pass of the example inputs on a worker). The first one ranks.
+            (ms of a forward pass of the example inputs on a worker), or a name in
+            `problem.metrics`. The first one ranks.
         granularity: How fine the decisions are: `group`, where every group may be pruned more or
             less than the ranking says, `stage`, where groups of equally large features share that,
             or `uniform`, where the ranking alone allocates.
@@ -120,23 +118,31 @@ def search(
         UnsupportedModel: If the network cannot be traced.
         ConnectionError: If no cluster answers at `address`.
         SearchStuck: If the steps of `everything` cannot go on.
+        NothingCompleted: If none of the trials completed; says why.
         RunLocked: If another search is running in the same folder or database.
         StoreFailed: If the study cannot be opened or written; finished trials are kept.
         SearchInterrupted: After Ctrl-C; a KeyboardInterrupt, with the front until then.
     """
     checks.check_flops(flops)
-    checks.check_count("trials", trials, 1)
-    checks.check_count("seed", seed, 0)
-    checks.check_workers(workers, gpus_per_trial, trial_timeout)
-    checks.check_objectives(objectives)
+    measured = measured_of(problem.metrics)
     checks.check_name("strategy", strategy, DEFAULTS)
-    checks.check_used(strategy, sampler, 0 if finetuning is None else finetuning.recovery)
-    sampler = sampler or checks.DAMAGE
-    checks.check_sampler(sampler)
-    checks.check_name("granularity", granularity, GRANULARITIES)
     named = checks.criteria_by_name(DEFAULTS[strategy] if criteria is None else criteria)
-    if strategy == "everything":
-        checks.check_steps(named, objectives, bounds, granularity)
+    checks.check_search(
+        strategy,
+        named,
+        objectives=objectives,
+        measured=measured,
+        granularity=granularity,
+        bounds=bounds,
+        sampler=sampler,
+        recovery=0 if finetuning is None else finetuning.recovery,
+        trials=trials,
+        seed=seed,
+        workers=workers,
+        gpus_per_trial=gpus_per_trial,
+        trial_timeout=trial_timeout,
+    )
+    sampler = sampler or checks.DAMAGE
     request = Request(
         flops,
         trials,
@@ -149,10 +155,19 @@ def search(
     )
     checks.check_address(address, workers)
     checks.check_problem(problem)
+    from paretoprune.search.study import Study, database_failures  # imports optuna
+
     with ExitStack() as stack:
-        folder = run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(_database_failures(storage or folder))
-        study = _open(storage, folder, request, sampler, seed)
+        folder = Path(run_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(database_failures(storage or folder))
+        study = Study(
+            storage or folder / JOURNAL,
+            directions_of(objectives, measured),
+            sampler=sampler,
+            seed=seed,
+            trials=trials,
+        )
         stack.callback(study.close)
         for name in (EVALUATIONS, FOLDER):  # this is the only driver now
             remove_dead_drafts(folder / name)
@@ -167,21 +182,24 @@ def search(
         info, trials_of = run.steps() if strategy == "everything" else run.trials()
         following = _Following(info, listeners)
 
-        def best_of_front() -> Stage:
-            return run.finetuning(following.front, info.target, following)
-
-        stages: list[Callable[[], Stage]] = [lambda: trials_of(following)]
-        if finetuning is not None and finetuning.epochs:
-            stages.append(best_of_front)
+        def stages() -> Iterator[Stage]:
+            yield trials_of(following)
+            if finetuning is not None and finetuning.epochs:
+                yield run.finetuning(following.front, info.target, following)
 
         def executor(stage: Stage) -> Executor:
             seconds = trial_timeout if stage.timed else None
             return _executor(workers, address, gpus_per_trial, seconds, stage.most)
 
-        return following.run(executor, stages)
+        front = following.run(executor, stages())
+        if not front.records:
+            found = study.records()
+            why = "; ".join(f"{number} x {reason}" for reason, number in reasons(found).items())
+            raise NothingCompleted(f"none of {len(found)} trials completed: {why}")
+        return front
 
 
-def read_run(run_dir: Path, storage: str | None = None) -> SearchInfo:
+def read_run(run_dir: Path | str, storage: str | None = None) -> SearchInfo:
     """Returns what a run is about and its records; a driver may be running it.
 
     Args:
@@ -194,32 +212,13 @@ def read_run(run_dir: Path, storage: str | None = None) -> SearchInfo:
     from paretoprune.search.study import read_study
 
     try:
-        records, notes = read_study(storage or run_dir / JOURNAL)
-    except FileNotFoundError:
-        raise ValueError(f"{run_dir} holds no search: {JOURNAL} is not there.") from None
+        records, notes = read_study(storage or Path(run_dir) / JOURNAL)
+    except FileNotFoundError as error:
+        missing = JOURNAL if storage is None else error.args[0]
+        raise ValueError(f"{run_dir} holds no search: {missing} is not there.") from None
     if "search" not in notes:
         raise ValueError(f"the search in {run_dir} has not measured the dense network yet.")
     return SearchInfo.from_json(notes["search"], tuple(records))
-
-
-def _open(storage: str | None, folder: Path, request: Request, sampler: str, seed: int) -> Study:
-    """Returns the study of a run, of which this process becomes the only driver."""
-    from paretoprune.search.study import Study
-
-    folder.mkdir(parents=True, exist_ok=True)
-    return Study(
-        storage or folder / JOURNAL,
-        request.objectives,
-        sampler=sampler,
-        seed=seed,
-        trials=request.trials,
-    )
-
-
-def _database_failures(storage: Path | str) -> AbstractContextManager[None]:
-    from paretoprune.search.study import database_failures
-
-    return database_failures(storage)
 
 
 def _executor(
@@ -251,9 +250,7 @@ class _Following:
         for listener in self._listeners:
             listener.finished(record, self.front)
 
-    def run(
-        self, executor: Callable[[Stage], Executor], stages: Sequence[Callable[[], Stage]]
-    ) -> ParetoFront:
+    def run(self, executor: Callable[[Stage], Executor], stages: Iterable[Stage]) -> ParetoFront:
         """Runs the stages of a search one after the other and returns the front."""
         interrupted = True
         begun: list[Listener] = []
@@ -261,8 +258,7 @@ class _Following:
             for listener in self._listeners:
                 begun.append(listener)  # before: the start itself may be interrupted
                 listener.started(self._info)
-            for begin in stages:
-                stage = begin()
+            for stage in stages:  # the next begins with the front that this one leaves
                 if not stage.tasks.done:
                     executor(stage)(stage.tasks, stage.evaluate, stage.ledger)
             interrupted = False

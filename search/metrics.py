@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from paretoprune.search.problem import Batch
+from paretoprune.search.problem import Batch, Metric, Tally
 from paretoprune.surgery.program import as_call
 
 
@@ -54,7 +56,7 @@ class Measured:
     """What was measured of a network on a split.
 
     Attributes:
-        metrics: `loss` and, for a classifier, `accuracy`.
+        metrics: `loss`, for a classifier `accuracy`, and those of one's own.
         losses: Mean loss of every batch that was measured, in order.
         whole: Whether that is all of them.
     """
@@ -68,28 +70,32 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+    metrics: Mapping[str, Metric] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Returns `loss` (mean per example) and, for a classifier, `accuracy` (top-1, a fraction).
+    """Returns `loss` (mean per example), for a classifier `accuracy` (top-1), and metrics given.
 
     The mean is over examples, not over batches, so batches of different sizes do not bias it.
-    Accuracy is there where outputs are a tensor with classes along dim 1 and targets are
-    integers of the remaining shape.
+    Accuracy is there where outputs are a tensor with two classes or more along dim 1 and targets
+    are integers of the remaining shape; those that name no class, such as -100 or 255, are not
+    counted.
 
     Args:
         model: Evaluated in eval mode and without gradients; left as it was.
         batches: (inputs, targets) batches; targets have shape (n, ...).
         loss: (outputs, targets) -> scalar mean loss of the batch.
+        metrics: What else is measured, by name.
 
     Raises:
         ValueError: If there is no example.
     """
-    return evaluate_until(model, batches, loss, lambda losses: False).metrics
+    return evaluate_until(model, batches, loss, metrics, lambda losses: False).metrics
 
 
 def evaluate_until(
     model: nn.Module,
     batches: Iterable[Batch],
     loss: Callable[[Any, Tensor], Tensor],
+    metrics: Mapping[str, Metric],
     stop: Callable[[Sequence[float]], bool],
 ) -> Measured:
     """Returns what `evaluate` does, of the batches until it is stopped.
@@ -98,6 +104,7 @@ def evaluate_until(
         model: As of `evaluate`.
         batches: As of `evaluate`.
         loss: As of `evaluate`.
+        metrics: As of `evaluate`.
         stop: Asked after every batch, with the mean losses of the batches so far.
 
     Raises:
@@ -108,6 +115,7 @@ def evaluate_until(
     losses: list[float] = []
     whole = True
     correct: int | None = 0
+    tallies = {name: _tally(metric, device_of(model)) for name, metric in metrics.items()}
     with evaluating(model), torch.no_grad():
         for inputs, targets in batches:
             if not len(targets):
@@ -117,24 +125,59 @@ def evaluate_until(
             losses.append(float(loss(outputs, targets)))
             total += losses[-1] * len(targets)
             examples += len(targets)
-            labels += targets.numel()
             hits = _hits(outputs, targets)
-            correct = None if hits is None or correct is None else correct + hits
+            if hits is None or correct is None:
+                correct = None
+            else:
+                correct, labels = correct + hits[0], labels + hits[1]
+            for tally in tallies.values():
+                tally.update(outputs, targets)
             if stop(losses):
                 whole = False
                 break
     if not examples:
         raise ValueError("evaluation needs at least one example, but the split is empty.")
-    metrics = {"loss": total / examples}
-    if correct is not None:
-        metrics["accuracy"] = correct / labels
-    return Measured(metrics, tuple(losses), whole)
+    found = {"loss": total / examples}
+    if correct is not None and labels:
+        found["accuracy"] = correct / labels
+    found |= {name: float(tally.compute()) for name, tally in tallies.items()}
+    return Measured(found, tuple(losses), whole)
 
 
-def _hits(outputs: Any, targets: Tensor) -> int | None:
-    """Returns the number of correct labels; None where accuracy has no meaning."""
+class _Mean:
+    """The mean over examples of what a function returns for batches; a `Tally`."""
+
+    def __init__(self, measure: Callable[[Any, Tensor], Any]) -> None:
+        self._measure = measure
+        self.reset()
+
+    def reset(self) -> None:
+        self._total, self._examples = 0.0, 0
+
+    def update(self, outputs: Any, targets: Tensor, /) -> None:
+        self._total += float(self._measure(outputs, targets)) * len(targets)
+        self._examples += len(targets)
+
+    def compute(self) -> float:
+        return self._total / self._examples
+
+
+def _tally(metric: Metric, device: torch.device) -> Tally:
+    """Returns what counts a metric from nothing on, on a device."""
+    if not isinstance(metric.measure, Tally):
+        return _Mean(metric.measure)
+    tally = copy.deepcopy(metric.measure)
+    if isinstance(tally, nn.Module):  # those of torchmetrics are
+        tally.to(device)
+    tally.reset()
+    return tally
+
+
+def _hits(outputs: Any, targets: Tensor) -> tuple[int, int] | None:
+    """Returns how many labels are correct, and of how many; None where that has no meaning."""
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or targets.is_floating_point():
         return None
-    if outputs.shape[:1] + outputs.shape[2:] != targets.shape:
+    if outputs.shape[:1] + outputs.shape[2:] != targets.shape or outputs.shape[1] < 2:
         return None
-    return int((outputs.argmax(1) == targets).sum())
+    counted = (targets >= 0) & (targets < outputs.shape[1])  # others are ignored, as losses do
+    return int((outputs.argmax(1)[counted] == targets[counted]).sum()), int(counted.sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from paretoprune.search.damage import DamageModel
 from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.listener import SearchInfo
 from paretoprune.search.metrics import device_of, evaluate
-from paretoprune.search.objectives import chance_loss, objectives_of
+from paretoprune.search.objectives import chance_loss, measured_of, objectives_of
 from paretoprune.search.problem import Problem
 from paretoprune.search.saliency import Saliencies, blocks_by_damage, saliencies
 from paretoprune.search.space import SearchSpace
@@ -195,10 +195,14 @@ def _info(
 ) -> SearchInfo:
     """Returns what the study notes of the search, or notes what is measured now."""
     noted = study.notes.get("search")
-    seen = {"weights": fingerprint.of_model(problem.model), "data": _data(problem)}
+    seen = {
+        "weights": fingerprint.of_model(problem.model),
+        "data": fingerprint.of_batches(problem.validation),
+        "loss": fingerprint.of_setting(problem.loss),
+    }
     if noted is None:
         progress("loss and accuracy of the dense network", 0, 0)
-        metrics = evaluate(model, problem.validation, problem.loss)
+        metrics = evaluate(model, problem.validation, problem.loss, problem.metrics)
         if dense_latency is not None:
             progress("latency of the dense network", 0, 0)
             metrics["latency"] = dense_latency()
@@ -223,40 +227,35 @@ def _measured(
     metrics: Mapping[str, float],
 ) -> SearchInfo:
     chance = chance_loss(model, next(iter(problem.validation)), problem.loss)
+    objectives = objectives_of(
+        request.objectives, graph.cost(), metrics, chance, measured_of(problem.metrics)
+    )
     return SearchInfo(
         problem=problem.name,
         dense=graph.cost(),
         metrics=metrics,
         target=space["target"],
         trials=request.trials,
-        objectives=objectives_of(request.objectives, graph.cost(), metrics, chance),
+        objectives=objectives,
         criteria=tuple(space["criteria"]),
         sizes={group.name: group.size for group in graph.open_groups},
         blocks={block.name: block.groups for block in graph.blocks.values()},
     )
 
 
-def _data(problem: Problem) -> str:
-    """Returns what tells the search split apart, unless every reading may draw it anew."""
-    batches = problem.validation
-    return fingerprint.of_batches(batches) if isinstance(batches, Sequence) else ""
-
-
 def _check_same(
     space: Mapping[str, Any], request: Request, study: Study, seen: Mapping[str, str]
 ) -> None:
     """Verifies that a resumed run searches what it searched before."""
-    older = {"granularity": "group", "bounds": UNBOUNDED.to_json()}  # where it is not noted
-    before, now = older | study.notes["space"], space
+    before = study.notes["space"]
     names = [item["name"] for item in study.notes["search"]["objectives"]]
-    changed = [key for key in now if now[key] != before.get(key)]
+    changed = [key for key, value in space.items() if value != before.get(key)]
     if names != list(request.objectives):
         changed.append("objectives")
-    # older runs do not note them
-    changed += [name for name, value in seen.items() if study.notes.get(name, value) != value]
+    changed += [name for name, value in seen.items() if study.notes[name] != value]
     if changed:
         raise ValueError(
             f"this run holds a search with other settings ({', '.join(changed)} differ); start a "
-            f"new run, or resume it with the same network, weights and data, target, criteria, "
-            f"objectives, granularity and bounds."
+            f"new run, or resume it with the same network, weights, data and loss, target, "
+            f"criteria, objectives, granularity and bounds."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +27,33 @@ class Direction(Enum):
 
     MINIMIZE = "minimize"
     MAXIMIZE = "maximize"
+
+
+@runtime_checkable
+class Tally(Protocol):
+    """What counts over batches, for what is no mean over examples; torchmetrics has them."""
+
+    def reset(self) -> object: ...
+
+    def update(self, outputs: Any, targets: Tensor, /) -> object: ...
+
+    def compute(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A measure of one's own of how good a network is; an objective, if a search is asked for it.
+
+    Attributes:
+        measure: (outputs, targets) of a batch -> the mean over its examples, a finite number; or
+            a `Tally`, of which a copy is used.
+        direction: Which way is better.
+        unit: Unit, for people.
+    """
+
+    measure: Callable[[Any, Tensor], Any] | Tally
+    direction: Direction = Direction.MAXIMIZE
+    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +94,8 @@ class Problem:
         test: Called for the final report alone, returns a re-iterable of test batches; None
             where there is no test split.
         loss: (outputs, targets) -> scalar mean loss.
+        metrics: What else is measured on the search split and the test split, by name, such as
+            the mean IoU.
         name: For people and file names.
         reference: Where the architecture can be built again, as `package.module:function` or
             `torchvision:NAME`; None if unknown.
@@ -82,6 +111,7 @@ class Problem:
     training: Epochs | None = None
     test: Callable[[], Iterable[Batch]] | None = None
     loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     name: str = "model"
     reference: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -23,7 +23,8 @@ BOUNDS: Mapping[int, float] = MappingProxyType(
 def dominated(losses: Sequence[float], rival: Sequence[float]) -> bool:
     """Whether a candidate is worse than its rival, on the batches measured so far.
 
-    Never after the last batch, where nothing is left to save.
+    Never after the last batch, where nothing is left to save, nor with losses that are not finite:
+    those fail the whole evaluation.
 
     Args:
         losses: Mean losses of the candidate's batches so far.
@@ -33,6 +34,8 @@ def dominated(losses: Sequence[float], rival: Sequence[float]) -> bool:
     if count not in BOUNDS or count >= len(rival):
         return False
     differences = _differences(losses, rival)
+    if not math.isfinite(fmean(differences)):
+        return False
     error = stdev(differences) / math.sqrt(count)
     return fmean(differences) > BOUNDS[count] * error
 

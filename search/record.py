@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, assert_never
@@ -23,7 +24,6 @@ BEFORE = "_before"
 """Ends the names of what fine-tuning measured of the network that it began with."""
 TAKEN = "taken"
 """What fine-tuning notes beside its metrics: 1 where its network is handed out, else 0."""
-_QUALITIES = ("loss", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,11 @@ class Record:
     finetuned: Completed | Failed | None = None
 
     @property
+    def removed(self) -> tuple[str, ...]:
+        """Names of the blocks removed whole."""
+        return () if self.plan is None else self.plan.removed
+
+    @property
     def finetuned_metrics(self) -> Mapping[str, float]:
         """What was measured after fine-tuning, taken or not; empty without one."""
         return self.finetuned.metrics if isinstance(self.finetuned, Completed) else {}
@@ -130,25 +135,35 @@ class Record:
     @property
     def finetuning_taken(self) -> bool:
         """Whether the fine-tuned network is handed out: it is no worse than without."""
-        after = self.finetuned_metrics
-        if not after or TAKEN in after:
-            return bool(after.get(TAKEN))
-        assert isinstance(self.outcome, Completed), "no other is fine-tuned"
-        return after["loss"] <= self.outcome.metrics["loss"]  # older: began there, notes nothing
+        return bool(self.finetuned_metrics.get(TAKEN))
 
     @property
     def handed_out(self) -> Mapping[str, float]:
         """What is known of the network that is handed out; empty unless the trial completed.
 
-        Where it was fine-tuned, `loss` and `accuracy` after that, or, if it came out worse, of the
+        Where it was fine-tuned, what was measured after that, or, if it came out worse, of the
         network that it began with; else as the search evaluated the candidate.
         """
         if not isinstance(self.outcome, Completed):
             return {}
         end = "" if self.finetuning_taken else BEFORE
         measured = self.finetuned_metrics
-        quality = {n: measured[n + end] for n in _QUALITIES if n + end in measured}
+        quality = {n: measured[n + end] for n in self.outcome.metrics if n + end in measured}
         return {**self.outcome.metrics, **quality}
+
+
+def reasons(records: Iterable[Record]) -> dict[str, int]:
+    """Returns why trials did not complete, and how many for each reason, most first."""
+    counted: Counter[str] = Counter()
+    for record in records:
+        match record.outcome:
+            case Failed(error=error):
+                counted[f"failed: {error}"] += 1
+            case Infeasible():
+                counted["infeasible"] += 1
+            case Stopped():
+                counted["stopped early, as dominated"] += 1
+    return dict(counted.most_common(4))
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
@@ -184,12 +199,11 @@ def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
     try:
         match data["outcome"]:
             case "completed":
-                losses = data.get("losses", ())  # older: none
-                return Completed(data["metrics"], data["seconds"], tuple(losses))
+                return Completed(data["metrics"], data["seconds"], tuple(data["losses"]))
             case "stopped":
                 return Stopped(metrics=data["metrics"], seconds=data["seconds"])
             case "failed":
-                return Failed(error=data["error"], kind=data.get("kind", "error"))  # older: none
+                return Failed(error=data["error"], kind=data["kind"])
             case "infeasible":
                 return Infeasible(reason=data["reason"])
             case other:

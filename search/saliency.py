@@ -72,22 +72,24 @@ def saliencies(
         name: folder / f"{name}-{_key(criterion, shared)}.safetensors"
         for name, criterion in criteria.items()
     }
-    found = {name: _load(file, graph) for name, file in files.items()}
+    found = {}
+    for name, file in files.items():
+        if (known := _load(file, graph)) is not None:
+            found[name] = known
 
     def dearest_first(name: str) -> int:  # what it measures serves cheaper ones, too
         return -int(getattr(criteria[name], "cost", CostClass.GRADIENTS))
 
     for name in sorted(criteria, key=dearest_first):
-        if found[name] is None:
+        if name not in found:
             calibration.progress = partial(progress, f"saliencies of {name}")
             calibration.progress(0, 0)
             found[name] = _measure(criteria[name], model, graph, calibration)
-            _save(files[name], found[name] or ({}, {}))
+            _save(files[name], found[name])
     calibration.progress = partial(progress, "reading calibration data")
-    whole = {name: known for name in criteria if (known := found[name]) is not None}
     return Scores(
-        {name: units for name, (units, _) in whole.items()},
-        {name: blocks for name, (_, blocks) in whole.items()},
+        {name: found[name][0] for name in criteria},
+        {name: found[name][1] for name in criteria},
     )
 
 

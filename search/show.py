@@ -7,6 +7,7 @@ from html import escape
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from paretoprune.search.objectives import MEASURED
 from paretoprune.search.problem import Direction, Objective
 from paretoprune.search.record import Completed, Record
 
@@ -19,7 +20,7 @@ def values_of(record: Record) -> dict[str, object]:
 
     `removed` has the names of the blocks removed whole, joined by spaces.
     """
-    candidate, plan = record.candidate, record.plan
+    candidate = record.candidate
     metrics = dict(metrics_of(record))
     metrics |= {f"finetuned_{name}": value for name, value in record.finetuned_metrics.items()}
     return {
@@ -28,7 +29,7 @@ def values_of(record: Record) -> dict[str, object]:
         **metrics,
         "criterion": candidate.criterion,
         "allocation": candidate.allocation,
-        "removed": " ".join(plan.removed) if plan is not None else "",
+        "removed": " ".join(record.removed),
         "origin": record.origin,
     }
 
@@ -64,7 +65,7 @@ def draw(records: Sequence[Record], objective: Objective, axes: Axes | None) -> 
 
     Args:
         records: Completed records, MACs falling.
-        objective: What to draw where no accuracy was measured.
+        objective: What to draw where no accuracy was measured, or if it is the problem's own.
         axes: Where to draw; None takes a new figure of pyplot.
     """
     from matplotlib.ticker import EngFormatter, PercentFormatter
@@ -74,7 +75,7 @@ def draw(records: Sequence[Record], objective: Objective, axes: Axes | None) -> 
 
         _, axes = pyplot.subplots(layout="constrained")
     metrics = [metrics_of(record) for record in reversed(records)]
-    by_accuracy = bool(metrics) and all("accuracy" in one for one in metrics)
+    by_accuracy = objective.name in MEASURED and all("accuracy" in m for m in metrics)
     name = "accuracy" if by_accuracy else objective.name
     better = max if by_accuracy or objective.direction is Direction.MAXIMIZE else min
     xs, ys = [one["macs"] for one in metrics], [one[name] for one in metrics]

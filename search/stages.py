@@ -105,7 +105,7 @@ class Stages:
                     prepared.graph,
                     similarity=similarity,
                     latency=prepared.info.metrics.get("latency"),
-                ).race,
+                ),
                 self._ledger(EVALUATIONS),
             )
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import sqlalchemy
 import sqlalchemy.exc
 from optuna.samplers import (
     BaseSampler,
@@ -32,12 +33,13 @@ from optuna.samplers import (
 )
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from paretoprune.search.checks import DAMAGE
 from paretoprune.search.errors import RunLocked, StoreFailed
 from paretoprune.search.journal import JournalFile, lock
-from paretoprune.search.objectives import MEASURED
+from paretoprune.search.problem import Direction
 from paretoprune.search.record import (
     SAMPLER,
     SEED,
@@ -125,7 +127,7 @@ class Study:
 
     Args:
         storage: Path of a journal file, or URL of a database as Optuna takes it.
-        objectives: Names of the metrics to optimise, keys of `MEASURED`.
+        objectives: Names of the metrics to optimise, with their directions.
         sampler: One of `SAMPLERS`.
         seed: Seed of every decision.
         trials: How many trials the search is to have.
@@ -139,7 +141,7 @@ class Study:
     def __init__(
         self,
         storage: Path | str,
-        objectives: Sequence[str],
+        objectives: Mapping[str, Direction],
         *,
         sampler: str,
         seed: int,
@@ -151,19 +153,31 @@ class Study:
         self._fixed: Callable[[int], Mapping[str, Any]] = lambda number: {}
         self._storage, self._close = _open_storage(storage)
         try:
-            with _quiet():
-                self._study = optuna.create_study(
-                    storage=self._storage,
-                    study_name=_NAME,
-                    directions=[MEASURED[name][0].value for name in objectives],
-                    load_if_exists=True,
-                )
+            self._study = self._created([StudyDirection[way.name] for way in objectives.values()])
         except BaseException:
             self._close()
             raise
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         self._left_behind = list(running)
         self._asked: dict[int, optuna.Trial] = {}
+
+    def _created(self, directions: list[StudyDirection]) -> optuna.Study:
+        """Returns the study of the storage.
+
+        Optuna ignores directions where there is one: that of a search that ended before its first
+        trial is made anew.
+        """
+        with _quiet():
+            study = optuna.create_study(
+                storage=self._storage,
+                study_name=_NAME,
+                directions=directions,
+                load_if_exists=True,
+            )
+            if study.directions == directions or study.get_trials(deepcopy=False):
+                return study  # that a search resumes as it was is verified with its other settings
+            optuna.delete_study(study_name=_NAME, storage=self._storage)
+        return self._created(directions)
 
     @property
     def notes(self) -> Mapping[str, Any]:
@@ -260,7 +274,7 @@ def read_study(storage: Path | str) -> tuple[list[Record], Mapping[str, Any]]:
         storage: Path of its journal file, or URL of its database.
 
     Raises:
-        FileNotFoundError: If the journal file does not exist.
+        FileNotFoundError: If the file of the journal or of SQLite does not exist.
     """
     with database_failures(storage):
         opened, close = _open_storage(storage, read_only=True)
@@ -308,6 +322,8 @@ def _open_storage(
         except BaseException:
             backend.close()
             raise
+    if read_only:
+        _check_file(storage)
     with _quiet():
         try:
             database = optuna.storages.RDBStorage(storage)
@@ -330,6 +346,13 @@ def _open_storage(
         database.engine.dispose()
 
     return optuna.storages.get_storage(database), close
+
+
+def _check_file(storage: str) -> None:
+    """Raises `FileNotFoundError` where opening a database of SQLite would create its file."""
+    url = sqlalchemy.make_url(storage)
+    if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).exists():
+        raise FileNotFoundError(url.database)
 
 
 def _lock_database(database: optuna.storages.RDBStorage) -> Callable[[], None]:

@@ -18,6 +18,11 @@ def has_rows(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
+def count_rows(inputs: Any) -> int:
+    """Returns the number of examples in a network's inputs, the first dim of its first tensor."""
+    return next(len(leaf) for leaf in tree_leaves(inputs) if has_rows(leaf))
+
+
 def some_rows(batch: Any, start: int, stop: int) -> Any:
     """Returns the examples of a batch from one position to another; what has no rows stays."""
     return tree_map(lambda leaf: leaf[start:stop] if has_rows(leaf) else leaf, batch)
@@ -38,7 +43,7 @@ def gather_inputs(calibration: Batches, images: int) -> Any:
     count = 0
     for inputs, _ in calibration:
         parts.append(inputs)
-        count += len(next(leaf for leaf in tree_leaves(inputs) if has_rows(leaf)))
+        count += count_rows(inputs)
         if count >= images:
             break
     if not parts:

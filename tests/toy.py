@@ -20,6 +20,7 @@ from torch import nn
 from paretoprune.search import Candidate, Problem, Record
 from paretoprune.search.evaluation import Evaluate
 from paretoprune.search.ledger import Ledger
+from paretoprune.search.objectives import directions_of
 from paretoprune.search.searcher import Decisions, Executor, Searcher
 from paretoprune.search.space import Suggester
 from paretoprune.search.study import Study
@@ -60,7 +61,11 @@ def searched(
 ) -> list[Record]:
     """Returns the records of a search in a folder; exactly as many as were asked for."""
     study = Study(
-        folder / "journal.log", ("loss", "macs"), sampler="random", seed=0, trials=trials
+        folder / "journal.log",
+        directions_of(("loss", "macs")),
+        sampler="random",
+        seed=0,
+        trials=trials,
     )
     study.begin(seeds, UNITS)
     searcher = Searcher(study, Decisions(suggest, decode), trials, 0, finished)

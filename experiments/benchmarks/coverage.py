@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.benchmarks.rows import RESULTS
 from paretoprune.surgery import PruningGraph, prune, trace
 from paretoprune.surgery.check import masked_outputs, telling_copy
 from paretoprune.surgery.trial_plans import whole_plan
 
-RESULTS = Path(__file__).parents[1] / "results"
 LARGEST = 300_000_000
 """Most parameters of a network that is tried."""
 FIELDS = (

@@ -2,8 +2,8 @@
 
     python -m paretoprune.experiments.benchmarks.criteria --data cifar10:DIR --weights FILE
 
-Every criterion ranks globally, at every target, without fine-tuning; three seeds where it is
-random. Our networks are measured as surgery leaves them, recalibrated, and reconstructed;
+Every criterion ranks globally, at every target, without fine-tuning; three seeds of our random
+one. Our networks are measured as surgery leaves them, recalibrated, and reconstructed;
 Torch-Pruning's (`pip install paretoprune[benchmark]`) as they are and recalibrated on the same
 images. Ours may prune the residual stream, too; theirs prunes inner channels only, which is its
 better way (it cannot trace the shortcuts otherwise). 1,000 images of the search split are read for
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from paretoprune.criteria import CRITERIA, Criterion, SharedCalibration
 from paretoprune.criteria.random import Random
 from paretoprune.experiments.benchmarks.device import described
-from paretoprune.experiments.benchmarks.rows import append, first_batches, read
+from paretoprune.experiments.benchmarks.rows import RESULTS, append, first_batches, read
 from paretoprune.experiments.comparison import RECOVERIES, Comparison, Ranking, Shot
 from paretoprune.experiments.models import ResNet, resnet20, resnet56
 from paretoprune.experiments.recipes import build_problem
@@ -41,8 +41,6 @@ from paretoprune.search import Problem, evaluate
 from paretoprune.search.problem import Batch
 from paretoprune.surgery import PruningGraph, recalibrate, trace
 
-RESULTS = Path(__file__).parents[1] / "results" / "criteria.csv"
-COSTS = Path(__file__).parents[1] / "results" / "criteria-costs.csv"
 SEEDS = (0, 1, 2)
 SEARCHED = 1000
 """Images of the search split that are read."""
@@ -65,9 +63,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.costs:
-        append(options.out or COSTS, costs())
+        append(options.out or RESULTS / "criteria-costs.csv", costs())
         return
-    out = options.out or RESULTS
+    out = options.out or RESULTS / "criteria.csv"
     targets = [float(text) for text in options.flops.split(",")]
     problem = build_problem("resnet56-cifar10", data=options.data, weights=options.weights)
     done = {(row["tool"], row["criterion"], row["seed"]) for row in read(out)}
@@ -79,16 +77,16 @@ def main() -> None:
                 label = f"random {seed}" if name == "random" else name
                 criteria[label] = Random(seed) if name == "random" else CRITERIA[name]()
     if criteria:
+        graph = trace(problem.model, problem.example_inputs)
         start = time.perf_counter()
-        comparison = Comparison(problem, criteria, options.cache)
+        comparison = Comparison(problem, graph, criteria, options.cache)
         print(f"saliencies in {time.perf_counter() - start:.1f} s", flush=True)
         for label in criteria:
             append(out, ours(comparison, label, targets, options.images, options.blocks))
     peers = PEERS if options.peers is None else options.peers.split(",")
     for name in filter(None, peers):
-        for seed in (0,):
-            if ("torch-pruning", name, str(seed)) not in done:
-                append(out, theirs(problem, name, seed, targets, options.images))
+        if ("torch-pruning", name, "0") not in done:
+            append(out, theirs(problem, name, targets, options.images))
     draw(read(out), out.with_suffix(".png"))
 
 
@@ -139,13 +137,11 @@ def row(tool: str, seed: int, shot: Shot, search_loss: float | None, images: int
     return {"tool": tool, "seed": seed, **values, **counts, **described()}
 
 
-def theirs(
-    problem: Problem, name: str, seed: int, targets: list[float], images: int
-) -> Iterator[Row]:
+def theirs(problem: Problem, name: str, targets: list[float], images: int) -> Iterator[Row]:
     """Yields a row per target and recovery of a Torch-Pruning criterion: 400 global steps."""
     import torch_pruning as tp
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     dense = trace(problem.model, problem.example_inputs).cost()
     model = copy.deepcopy(problem.model).eval()
     importance = {
@@ -207,7 +203,7 @@ def theirs(
                 accuracy=measured["accuracy"],
                 seconds=seconds,
             )
-            yield row("torch-pruning", seed, shot, None, _count(split))
+            yield row("torch-pruning", 0, shot, None, _count(split))
 
 
 def _gradients(model: nn.Module, problem: Problem, name: str) -> None:
@@ -307,12 +303,10 @@ def _score(criterion: str, model: nn.Module, graph: PruningGraph, batch: Batch) 
     CRITERIA[criterion]()(model, graph, SharedCalibration([batch]))
 
 
-def _cpu_seconds(
-    actions: Mapping[str, Callable[[], object]], repeats: int = 5
-) -> dict[str, float]:
-    """Returns the least CPU time of each action's runs, after one of each to warm up."""
+def _cpu_seconds(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Returns the least CPU time of each action's five runs, after one of each to warm up."""
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats + 1):
+    for _ in range(6):
         for name, action in actions.items():
             start = time.process_time()
             action()

@@ -15,7 +15,6 @@ Writes one row per setting to experiments/results/. Run it on a machine that doe
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import pickle
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.benchmarks.rows import RESULTS, append
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.tracking.store import store_of
@@ -33,9 +33,9 @@ from paretoprune.experiments.tracking.tracker import MlflowListener
 from paretoprune.search import Completed, ParetoFront, Problem, Record, SearchInfo, Stopped, search
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.ledger import Task
+from paretoprune.search.loop import DEFAULTS
 from paretoprune.surgery import trace
 
-RESULTS = Path(__file__).parents[1] / "results" / "overhead.csv"
 SETTINGS = ((1, 1), (1, 2), (2, 2))
 """Workers and cores; a worker has its share of the cores as threads."""
 Row = dict[str, Any]
@@ -71,26 +71,24 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="trained weights, .safetensors")
     parser.add_argument("--flops", type=float, default=0.5, help="target as a fraction")
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.csv")
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < max(cores for _, cores in SETTINGS):
         parser.error("needs two cores")
     problem = build_problem("resnet56-cifar10", data=options.data, weights=options.weights, seed=0)
     sent = len(pickle.dumps(Evaluator(problem, trace(problem.model, problem.example_inputs))))
-    rows: list[Row] = []
+    options.out.unlink(missing_ok=True)
+    first = 0
     with tempfile.TemporaryDirectory() as folder:
         for workers, cores in SETTINGS:
             clock = timed(problem, options.flops, options.trials, workers, cores, Path(folder))
             row = {"workers": workers, "cores": cores, **figures(clock, workers)}
-            first = rows[0]["trials_per_hour"] if rows else row["trials_per_hour"]
+            first = first or row["trials_per_hour"]
             row["speedup"] = round(row["trials_per_hour"] / first, 2)
             row["sent_once_mb"] = round(sent / 1e6, 1)
-            rows.append({**row, **described()})
-            print(rows[-1], flush=True)
-            with options.out.open("w", newline="") as stream:
-                writer = csv.DictWriter(stream, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            row |= described()
+            print(row, flush=True)
+            append(options.out, [row])
 
 
 def timed(
@@ -99,7 +97,7 @@ def timed(
     """Returns what was noted of one search; saliencies are measured by the first alone."""
     run_dir = folder / f"{workers}-on-{cores}"
     run_dir.mkdir()
-    spec = RunSpec("resnet56-cifar10", flops, trials, ("obs", "obs_per_mac", "taylor"))
+    spec = RunSpec("resnet56-cifar10", flops, trials, DEFAULTS["optuna"])
     clock = Clock()
     all_cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(all_cores)[:cores])  # what is started inherits it

@@ -20,12 +20,11 @@ import torch
 from torchvision.io import write_jpeg
 
 from paretoprune.experiments.benchmarks.device import described
-from paretoprune.experiments.benchmarks.rows import append
+from paretoprune.experiments.benchmarks.rows import RESULTS, append
 from paretoprune.experiments.data.datasets import image_folder
 from paretoprune.experiments.data.sources import DatasetSource
 from paretoprune.experiments.data.splits import TrainingBatches, training_batch_size_for
 
-RESULTS = Path(__file__).parents[1] / "results" / "reading.csv"
 _SMOOTH = 8  # pixels along which the noise is constant, so that files have the size of photographs
 
 
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--readers", default="0,1,2", help="processes; 0 reads in this one")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "reading.csv")
     options = parser.parse_args()
     counts = list(dict.fromkeys((0, *map(int, options.readers.split(",")))))
     torch.set_num_threads(1)

@@ -9,10 +9,14 @@ from typing import Any
 
 from paretoprune.search import Batch
 
+RESULTS = Path(__file__).parents[1] / "results"
+
 
 def read(file: Path) -> list[dict[str, str]]:
     """Returns the rows of a CSV; none where there is no file."""
-    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    if not file.exists():
+        return []
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
 def has(file: Path, values: Mapping[str, Any]) -> bool:
@@ -26,7 +30,7 @@ def append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to a CSV once all of them are measured; all have the same fields."""
     measured = list(rows)
     new = not file.exists()
-    with file.open("a", newline="") as stream:
+    with file.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(measured[0]))
         if new:
             writer.writeheader()

@@ -39,7 +39,7 @@ from torch import nn
 from paretoprune.criteria import CRITERIA, select
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.benchmarks.fastnas import fastnas
-from paretoprune.experiments.benchmarks.rows import append, has, read
+from paretoprune.experiments.benchmarks.rows import RESULTS, append, has, read
 from paretoprune.experiments.benchmarks.search_plot import draw_fronts, draw_parts
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.search import (
@@ -54,7 +54,8 @@ from paretoprune.search import (
 from paretoprune.search.damage import MUTATED, DamageModel
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.ledger import Ledger
-from paretoprune.search.loop import JOURNAL
+from paretoprune.search.loop import DEFAULTS, JOURNAL
+from paretoprune.search.objectives import directions_of
 from paretoprune.search.prepare import Prepared, Request, prepare
 from paretoprune.search.searcher import Decisions, Searcher
 from paretoprune.search.study import Study
@@ -68,7 +69,6 @@ from paretoprune.surgery import (
     trace,
 )
 
-RESULTS = Path(__file__).parents[1] / "results"
 SHOWN = (10, 20, 40, 60, 100, 200)
 """After so many trials `parts` writes a row."""
 Row = dict[str, Any]
@@ -291,14 +291,12 @@ def parts(
 ) -> Iterator[Row]:
     """Yields, for growing numbers of trials, what a variant of the search has found."""
     part = PARTS[variant]
-    names = ("obs", "obs_per_mac", "taylor")
-    request = Request(
-        flops, trials, {n: CRITERIA[n]() for n in names}, ("loss", "macs"), saliency_dir
-    )
+    criteria = {name: CRITERIA[name]() for name in DEFAULTS["optuna"]}
+    request = Request(flops, trials, criteria, ("loss", "macs"), saliency_dir)
     with tempfile.TemporaryDirectory() as folder:
         study = Study(
             Path(folder) / JOURNAL,
-            request.objectives,
+            directions_of(request.objectives),
             sampler=part.sampler,
             seed=seed,
             trials=trials,

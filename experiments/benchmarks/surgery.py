@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import signal
 import statistics
 import time
@@ -29,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.benchmarks.rows import RESULTS, append
 from paretoprune.surgery import PruningGraph, PruningPlan, prune, trace
 from paretoprune.surgery.check import masked_outputs, telling_copy
 from paretoprune.surgery.export import export_program
 
-RESULTS = Path(__file__).parents[1] / "results" / "surgery.csv"
 MODELS = (
     "resnet50", "mobilenet_v2", "vgg16_bn", "densenet121", "efficientnet_b0", "convnext_tiny",
     "vit_b_16", "regnet_y_400mf", "swin_t",
@@ -48,17 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "surgery.csv")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = []
+    options.out.unlink(missing_ok=True)
     for name in options.models.split(","):
-        rows.append({"model": name, **measure(name, options.repeats), **described(on_cpu=True)})
-        print(rows[-1], flush=True)
-        with options.out.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        row = {"model": name, **measure(name, options.repeats), **described(on_cpu=True)}
+        print(row, flush=True)
+        append(options.out, [row])
 
 
 def measure(name: str, repeats: int) -> Row:

@@ -11,9 +11,7 @@ augmenting the batches takes when nothing else is done.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,16 @@ import torch
 from paretoprune.criteria.precision import mixed_precision
 from paretoprune.experiments import models
 from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.benchmarks.rows import RESULTS, append
 from paretoprune.experiments.data.datasets import IMAGENET_MEAN, IMAGENET_STD
 from paretoprune.experiments.data.sources import ImageArray
 from paretoprune.experiments.data.splits import TrainingBatches
 from paretoprune.experiments.training import Training, train
 from paretoprune.search.evaluation import on_device
+from paretoprune.search.latency import seconds_of
 from paretoprune.search.metrics import device_of
 from paretoprune.surgery import trace
 
-RESULTS = Path(__file__).parents[1] / "results" / "training.csv"
 _PER_MAC = 3 * 2
 """Floating-point operations of a training step per MAC of a forward pass."""
 
@@ -41,19 +40,15 @@ def main() -> None:
     parser.add_argument("--networks", default="resnet20,resnet56")
     parser.add_argument("--images", type=int, default=46_000)
     parser.add_argument("--batch-sizes", default="128,512")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "training.csv")
     options = parser.parse_args()
     peak = peak_flops()
-    rows: list[dict[str, Any]] = []
+    options.out.unlink(missing_ok=True)
     for network in options.networks.split(","):
         for size in map(int, options.batch_sizes.split(",")):
             row = {**measure(network, options.images, size, peak), **described()}
             print(row, flush=True)
-            rows.append(row)
-    with options.out.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+            append(options.out, [row])
 
 
 def measure(network: str, images: int, batch_size: int, peak: float) -> dict[str, Any]:
@@ -83,7 +78,7 @@ def measure(network: str, images: int, batch_size: int, peak: float) -> dict[str
         "tflops": round(rate * macs * _PER_MAC / 1e12, 4),
         "peak_tflops": round(peak / 1e12, 4),
         "share_of_peak": round(rate * macs * _PER_MAC / peak, 4),
-        "data_share": round(_seconds(lambda: [None for _ in batches.epoch(0)]) / seconds, 4),
+        "data_share": round(seconds_of(lambda: [None for _ in batches.epoch(0)]) / seconds, 4),
         "precision": "bfloat16" if mixed_precision(device_of(model)) else "float32",
     }
 
@@ -95,19 +90,8 @@ def peak_flops() -> float:
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if mixed_precision(device) else torch.float32
     matrix = torch.randn(size, size, dtype=dtype, device=device)
-    best = min(_seconds(lambda: [matrix @ matrix for _ in range(5)]) for _ in range(8))
+    best = min(seconds_of(lambda: [matrix @ matrix for _ in range(5)]) for _ in range(8))
     return 2 * size**3 * 5 / best
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    """Returns the wall time of an action, what it left running on a GPU included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

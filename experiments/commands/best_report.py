@@ -27,8 +27,8 @@ def report_best(
     *,
     seed: int,
     progress: Progress,
-) -> Mapping[str, float]:
-    """Returns what reports measure of the network that an export would hand out.
+) -> tuple[list[str], Mapping[str, float]]:
+    """Returns lines and metrics of reports on the network that an export would hand out.
 
     The run's folder keeps it, so that a resumed search measures again only where another network
     is the best now.
@@ -46,12 +46,13 @@ def report_best(
     what = {"trial": record.number, "reports": list(names), "finetuned": finetuned}
     before = json.loads(file.read_text()) if file.exists() else {}
     if {name: before.get(name) for name in what} == what:
-        return dict(before["metrics"])
+        return before["lines"], before["metrics"]
     graph = trace(problem.model, problem.example_inputs)
     weights = Weights.of_run(folder)
     small = handed_out(problem, graph, record, weights=weights, seed=seed, progress=progress)
     dense = copy.deepcopy(problem.model).cpu().eval()
     found = [REPORTS[name](problem, dense, small, progress) for name in names]
     metrics = {key: value for report in found for key, value in report.metrics.items()}
-    write_json(file, {**what, "lines": [report.line for report in found], "metrics": metrics})
-    return metrics
+    lines = [report.line for report in found]
+    write_json(file, {**what, "lines": lines, "metrics": metrics})
+    return lines, metrics

@@ -51,7 +51,7 @@ def bottlenecks(
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
     checks.check_reachable(graph, target, blocks=False)
     with long_step(progress_console(), f"Measuring {criterion}", quiet=quiet) as progress:
-        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress)
+        comparison = Comparison(problem, graph, chosen, runs_dir / SALIENCY_DIR, progress)
     plan = select(graph, comparison.scores.units[criterion], budget=target)
     found = pressures(graph, plan)
     tight = [pressure.group for pressure in found if pressure.bottleneck]

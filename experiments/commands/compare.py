@@ -23,7 +23,7 @@ from paretoprune.experiments.runs import SALIENCY_DIR, comparison_dir
 from paretoprune.experiments.showing.comparison_plot import comparison_png
 from paretoprune.experiments.tracking.mlflow_runs import log_comparison
 from paretoprune.experiments.tracking.store import store_of
-from paretoprune.experiments.units import format_percent, format_target, parse_flops
+from paretoprune.experiments.units import format_percent, format_target, names, parse_flops
 from paretoprune.search import checks
 from paretoprune.search.evaluation import one_line
 from paretoprune.surgery import InfeasibleBudget, PruningGraph
@@ -53,9 +53,8 @@ def compare(
         ValueError: If an argument cannot be meant.
         InfeasibleBudget: If no plan meets a target, or no criterion has one within 1 % under any.
     """
-    targets = [parse_flops(part) for part in flops.split(",")]
-    names = CHEAP if criteria is None else tuple(n.strip() for n in criteria.split(","))
-    chosen = checks.criteria_by_name(names)
+    targets = [parse_flops(part) for part in names(flops) or [flops]]
+    chosen = checks.criteria_by_name(names(criteria or "") or CHEAP)
     for folder in (runs_dir, *([] if to is None else [to])):  # the first for the saliencies
         check_folder(folder)
     problem, graph = traced_problem(model, data=data, weights=weights, seed=seed, quiet=quiet)
@@ -64,7 +63,7 @@ def compare(
     if to is not None:
         to.mkdir(parents=True, exist_ok=True)
     with long_step(progress_console(), "Measuring saliencies", quiet=quiet) as progress:
-        comparison = Comparison(problem, chosen, runs_dir / SALIENCY_DIR, progress, bounds)
+        comparison = Comparison(problem, graph, chosen, runs_dir / SALIENCY_DIR, progress, bounds)
     with long_step(progress_console(), "Comparing", quiet=quiet) as progress:
         both = blocks and bool(graph.blocks)
         rankings: tuple[Ranking, ...] = ("units", "units and blocks") if both else ("units",)

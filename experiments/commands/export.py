@@ -20,8 +20,7 @@ from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.mlflow_runs import register_export
-from paretoprune.experiments.tracking.server import check_database
-from paretoprune.experiments.tracking.store import ExportPlace
+from paretoprune.experiments.tracking.store import Tracked
 from paretoprune.experiments.units import parse_flops, parse_fraction
 from paretoprune.search import Completed, Problem, Record
 from paretoprune.search.evaluation import one_line
@@ -127,21 +126,20 @@ def _registered(
     done: Exported, problem: Problem, record: Record, folder: Path, spec: RunSpec
 ) -> str:
     """Puts an export into MLflow, and returns its URI, or why it has none."""
-    file = folder / runs.TRACKING_FILE
     example = problem.example_inputs
-    if not file.exists() or not isinstance(example, Tensor):
-        return "not registered: " + (
-            "its inputs are no single tensor" if file.exists() else "the run is not there"
-        )
+    if not isinstance(example, Tensor):
+        return "not registered: its inputs are no single tensor"
     metrics = {k: v for report in done.reports for k, v in report.metrics.items()}
     try:
-        where = json.loads(file.read_text())
-        uri, experiment = where["uri"], where["experiment"]
-        check_database(uri, folder.name)
-        place = ExportPlace(uri, experiment, spec.id, record.number, problem.name)
-        about = (done.directory / "README.md").read_text(encoding="utf-8")
         return register_export(
-            place, done.directory, done.model, example, about=about, metrics=metrics
+            Tracked.of(folder, spec),
+            record.number,
+            problem.name,
+            done.directory,
+            done.model,
+            example,
+            about=(done.directory / "README.md").read_text(encoding="utf-8"),
+            metrics=metrics,
         )
     except Exception as error:  # the export is complete without it
         return f"not registered: {one_line(error)}"

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import typer
 
 from paretoprune.experiments import runs
-from paretoprune.experiments.commands.best_report import FILE as REPORTS_FILE
-from paretoprune.experiments.commands.progress import reasons, results_console
+from paretoprune.experiments.commands.progress import results_console
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.showing.summary import advantages
 from paretoprune.experiments.showing.tables import front_csv, front_json, front_table
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import read_run
+from paretoprune.search.record import reasons
 
 
 def front(name: str, form: str, *, runs_dir: Path) -> None:
@@ -39,16 +39,17 @@ def print_result(
     view: SearchView,
     folder: Path,
     as_json: bool,
-    reported: Mapping[str, float] = MappingProxyType({}),
+    reported: tuple[Iterable[str], Mapping[str, float]] = ((), MappingProxyType({})),
 ) -> None:
+    """Prints the front at the end of a search, with lines and metrics of the reports, if any."""
+    lines, metrics = reported
     if as_json:
         facts = {"run": folder.name, "folder": str(folder), **view.to_json()}
-        typer.echo(json.dumps({**facts, "reports": dict(reported)}, indent=2))
+        typer.echo(json.dumps({**facts, "reports": dict(metrics)}, indent=2))
         return
     _print_front(view, folder)
-    if reported:
-        for line in json.loads((folder / REPORTS_FILE).read_text())["lines"]:
-            typer.echo(line)
+    for line in lines:
+        typer.echo(line)
 
 
 def _print_front(view: SearchView, folder: Path) -> None:
@@ -65,5 +66,5 @@ def _print_front(view: SearchView, folder: Path) -> None:
         console.print(front_table(view.front_rows, view.dense, view.dense_metrics))
     else:
         console.print("No trial completed, for these reasons:")
-        for reason, number in reasons(view).items():
+        for reason, number in reasons(view.records).items():
             console.print(f"  {number} x {reason}", markup=False)

@@ -16,7 +16,7 @@ from torch import nn
 from paretoprune.criteria import smallest_macs
 from paretoprune.experiments.commands.progress import long_step, progress_console, results_console
 from paretoprune.experiments.recipes import build_problem
-from paretoprune.experiments.references import LIBRARIES, library_network
+from paretoprune.experiments.references import LIBRARIES, library_network, library_preparation
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan, trace
 from paretoprune.surgery.progress import Lines
@@ -165,7 +165,7 @@ def _network(
     library, _, _ = model.partition(":")
     if library in LIBRARIES and data is None:
         network = library_network(model, classes=None, weights=weights).model
-        size = tuple(getattr(network, "default_cfg", {}).get("input_size", (3, 224, 224)))
+        size = (3, *library_preparation(model, weights).size)
         shape = "x".join(map(str, size))
         progress(f"without --data, its inputs are taken to be {shape} images")
         generator = torch.Generator().manual_seed(seed)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments.measuring.reports import parse_reports
+from paretoprune.experiments.references import LIBRARIES
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.tracking.store import anchored
-from paretoprune.experiments.units import parse_flops, parse_fraction
+from paretoprune.experiments.units import names, parse_flops, parse_fraction
 from paretoprune.search import checks
 from paretoprune.search.loop import DEFAULTS
-from paretoprune.search.ties import GRANULARITIES, Granularity
-
-TOP = 3
-"""How many of the front are fine-tuned by default."""
+from paretoprune.search.objectives import MEASURED
+from paretoprune.search.ties import Granularity
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,12 @@ class SearchOptions:
     max_ratio: str = "1"
     exclude: str = ""
 
+    @property
+    def _measured(self) -> Iterable[str] | None:
+        """What can be an objective; not known yet where a function may return a Problem."""
+        kind, colon, _ = self.model.partition(":")
+        return None if colon and kind not in LIBRARIES else MEASURED
+
     def checked(self) -> RunSpec:
         """Returns the run that they describe.
 
@@ -58,26 +64,31 @@ class SearchOptions:
             ValueError: If one of them cannot be meant.
         """
         checks.check_name("strategy", self.strategy, DEFAULTS)
-        names = _names(self.criteria or "") or DEFAULTS[self.strategy]
-        for name in names:
+        criteria = names(self.criteria or "") or DEFAULTS[self.strategy]
+        for name in criteria:
             checks.check_name("criterion", name, CRITERIA)
-        objectives = _names(self.objectives)
-        checks.check_objectives(objectives)
-        checks.check_name("granularity", self.granularity, GRANULARITIES)
+        objectives = names(self.objectives)
         bounds = bounds_of(self.multiple, self.min_ratio, self.max_ratio, self.exclude)
-        if self.strategy == "everything":
-            checks.check_steps(names, objectives, bounds, self.granularity)
-        checks.check_used(self.strategy, self.sampler, self.recovery)
-        checks.check_sampler(self.sampler or checks.DAMAGE)
-        checks.check_count("--trials", self.trials, 1)
-        checks.check_count("--seed", self.seed, 0)
-        checks.check_count("--workers", self.workers or 0, 0)
-        checks.check_workers(self.workers, self.gpus_per_trial, self.trial_timeout)
+        checks.check_search(
+            self.strategy,
+            criteria,
+            objectives=objectives,
+            measured=self._measured,
+            granularity=self.granularity,
+            bounds=bounds,
+            sampler=self.sampler,
+            recovery=self.recovery,
+            trials=self.trials,
+            seed=self.seed,
+            workers=self.workers,
+            gpus_per_trial=self.gpus_per_trial,
+            trial_timeout=self.trial_timeout,
+        )
         if self.address is None:
             checks.check_gpus(self.gpus_per_trial)
+        top = RunSpec.top if self.top is None else self.top
         checks.check_count("--finetune", self.finetune, 0)
-        checks.check_count("--top", TOP if self.top is None else self.top, 1)
-        checks.check_count("--recovery", self.recovery, 0)
+        checks.check_count("--top", top, 1)
         if self.top is not None and not self.finetune:
             raise ValueError(
                 f"--top {self.top} says how many are fine-tuned, but none are: give --finetune "
@@ -96,7 +107,7 @@ class SearchOptions:
             model=self.model,
             flops=parse_flops(self.flops),
             trials=self.trials,
-            criteria=names,
+            criteria=criteria,
             objectives=objectives,
             granularity=cast("Granularity", self.granularity),
             bounds=bounds,
@@ -105,7 +116,7 @@ class SearchOptions:
             sampler=None if self.strategy == "everything" else self.sampler or checks.DAMAGE,
             strategy=self.strategy,
             finetune=self.finetune,
-            top=TOP if self.top is None else self.top,
+            top=top,
             distil=self.distil,
             recovery=self.recovery,
             learning_rate=self.learning_rate,
@@ -127,12 +138,7 @@ def bounds_of(multiple: int, min_ratio: str, max_ratio: str, exclude: str) -> Bo
     """
     checks.check_count("--multiple", multiple, 1)
     low, high = (parse_fraction(text, "a pruning ratio") for text in (min_ratio, max_ratio))
-    return Bounds(multiple=multiple, min_ratio=low, max_ratio=high, exclude=_names(exclude))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Returns what commas separate."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return Bounds(multiple=multiple, min_ratio=low, max_ratio=high, exclude=names(exclude))
 
 
 def _anchored(data: str | None) -> str | None:

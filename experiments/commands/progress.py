@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paretoprune.experiments.commands.stages import Stages, clock_time
-from paretoprune.experiments.showing.tables import Row, front_table, handed_out
+from paretoprune.experiments.showing.tables import front_table, quality
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import (
@@ -27,6 +26,7 @@ from paretoprune.search import (
     SearchInfo,
     Stopped,
 )
+from paretoprune.search.record import reasons
 
 _LINE_SECONDS = 10.0
 """Least time between plain lines that say nothing new."""
@@ -192,9 +192,8 @@ class SearchProgress:
             case Completed():
                 worse = "" if record.finetuning_taken else ", but worse than before: not taken"
                 parts.append(f"trial {record.number} is fine-tuned{worse}")
-        best = _best_row(view)
-        if best is not None:
-            parts.append(f"best trial {best.trial}: {_result(best)}")
+        if view.best is not None:
+            parts.append(f"best trial {_best(view, view.best)}")
         if record.finetuned is None:
             parts.append(self._pace(view))
         return "  ".join(parts)
@@ -228,14 +227,13 @@ class SearchProgress:
         count = f"{done}" if self._steps else f"{done}/{self._trials}"
         facts.add_row("trials", bar, f"{count}  {self._pace(view)}")
         lines: list[RenderableType] = [Text(self._opening(view), style="bold"), facts]
-        best = _best_row(view)
-        if best is not None:
+        if view.best is not None:
             dense = view.dense_metrics.get("accuracy")
             beside = "" if dense is None else f" (dense {format_percent(dense, 2)})"
-            lines.append(Text(f"best    trial {best.trial}: {_result(best)}{beside}"))
+            lines.append(Text(f"best    trial {_best(view, view.best)}{beside}"))
         lines += [
             Text(f"        {number} x {reason}", style="yellow")
-            for reason, number in reasons(view).items()
+            for reason, number in reasons(view.records).items()
         ]
         if view.front_rows:
             number = len(view.front_rows)
@@ -254,30 +252,6 @@ def _reason(record: Record) -> str | None:
     return record.outcome.error if isinstance(record.outcome, Failed) else None
 
 
-def _best_row(view: SearchView) -> Row | None:
-    if view.best is None:
-        return None
-    return next(row for row in view.front_rows if row.trial == view.best.number)
-
-
-def _result(row: Row) -> str:
-    accuracy, words = handed_out(row, "accuracy")
-    quality = "" if accuracy is None else f"accuracy {format_percent(accuracy, 2)}{words}"
-    if accuracy is None:
-        loss, words = handed_out(row, "loss")
-        quality = f"loss {loss:.4f}{words}"
-    return f"{quality} at {format_percent(row.macs_ratio)} of the MACs"
-
-
-def reasons(view: SearchView) -> dict[str, int]:
-    """Returns why trials did not complete, and how many for each reason, most first."""
-    counted: Counter[str] = Counter()
-    for record in view.records:
-        match record.outcome:
-            case Failed(error=error):
-                counted[f"failed: {error}"] += 1
-            case Infeasible():
-                counted["infeasible"] += 1
-            case Stopped():
-                counted["stopped early, as dominated"] += 1
-    return dict(counted.most_common(4))
+def _best(view: SearchView, best: Record) -> str:
+    share = format_percent(view.row(best).macs_ratio)
+    return f"{best.number}: {quality(best)} at {share} of the MACs"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,11 +26,13 @@ from paretoprune.experiments.references import load_weights
 from paretoprune.experiments.runs import RunSpec
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.mlflow_runs import log_reports
+from paretoprune.experiments.tracking.store import Tracked
 from paretoprune.experiments.tracking.tracker import MlflowListener
 from paretoprune.experiments.units import format_count
 from paretoprune.search import (
     Finetuning,
     Listener,
+    NothingCompleted,
     ParetoFront,
     Problem,
     Record,
@@ -39,7 +40,6 @@ from paretoprune.search import (
     SearchInfo,
     SearchInterrupted,
     StoreFailed,
-    checks,
     read_run,
 )
 from paretoprune.search import search as run_search
@@ -48,7 +48,6 @@ from paretoprune.search.record import Failed
 from paretoprune.search.stages import EVALUATIONS
 from paretoprune.search.weights import FOLDER as WEIGHTS
 from paretoprune.search.weights import write_weights
-from paretoprune.surgery import trace
 
 DENSE_FILE = "dense.safetensors"
 """In the run folder: the dense weights, where they came from no file."""
@@ -71,9 +70,6 @@ def search(
         _check_unused(spec.storage)
     problem = problem_of(spec, quiet)
     check_reports(spec.reports, problem)
-    with long_step(progress_console(), f"Tracing {spec.model}", quiet=quiet):
-        graph = trace(problem.model, problem.example_inputs)
-        checks.check_reachable(graph, spec.flops, spec.bounds)
     name = run or runs.default_name(runs_dir, problem.name, spec.flops)
     folder = runs.create_run(runs_dir, name, spec)
     try:
@@ -211,6 +207,8 @@ def _search(
                 listeners=(*listeners, shown, tracked),
                 progress=shown.preparing,
             )
+    except NothingCompleted:
+        pass  # what is printed below says why
     except SearchInterrupted:
         view = view_of(folder, spec)
         print_result(view, folder, as_json)
@@ -259,20 +257,20 @@ def _say_failed(view: SearchView, folder: Path) -> None:
 
 def _reported(
     problem: Problem, view: SearchView, spec: RunSpec, folder: Path, quiet: bool
-) -> Mapping[str, float]:
-    """Measures the reports of the best network, if any, prints them, and writes them to MLflow."""
+) -> tuple[list[str], Mapping[str, float]]:
+    """Returns lines and metrics of the reports on the best network, and writes MLflow these."""
     if not spec.reports or view.best is None:
-        return {}
+        return [], {}
     title = f"Measuring {', '.join(spec.reports)} of trial {view.best.number}"
     with long_step(progress_console(), title, quiet=quiet) as progress:
-        metrics = report_best(
+        lines, metrics = report_best(
             problem, view.best, spec.reports, folder, seed=spec.seed, progress=progress
         )
     try:
-        log_reports(json.loads((folder / runs.TRACKING_FILE).read_text()), metrics)
+        log_reports(Tracked.of(folder, spec), metrics)
     except Exception as error:  # the run's folder has them
         typer.echo(f"the reports are not in MLflow: {one_line(error)}", err=True)
-    return metrics
+    return lines, metrics
 
 
 def finetuning_of(spec: RunSpec, problem: Problem) -> Finetuning | None:

@@ -60,8 +60,8 @@ class Data:
     Attributes:
         name: The reference that was opened.
         train: The training set.
-        test: Called once, for the final report, returns the test batches; None where there is
-            no test set. Nothing of it is read before, beyond the form of an example.
+        test: Returns the test batches for the final report; None where there is no test set. A
+            search looks at no more of them than the form of an example.
         whole: Whether `train` has all training examples; a part can be searched with, but its
             classes need not be all, and nothing is trained on it.
         test_classes: Number of classes of the test set; None where that is known only as it is

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, defa
 from paretoprune.experiments.data.seeding import seeded
 from paretoprune.search.evaluation import one_line
 from paretoprune.search.problem import Batch
-from paretoprune.surgery.inputs import has_rows, join_rows
+from paretoprune.surgery.inputs import count_rows, has_rows, join_rows
 
 _COMPARED = 4
 """Examples that are read to see whether a dataset gives the classes that it lists."""
@@ -295,6 +295,11 @@ def checked(batch: Any, name: str) -> Batch:
 def picked(inputs: Any, indices: Tensor) -> Any:
     """Returns the examples at `indices` of batched inputs: a tensor, tuple, list or dict."""
     return tree_map(lambda leaf: leaf[indices] if has_rows(leaf) else leaf, inputs)
+
+
+def first_examples(inputs: Any, number: int) -> Any:
+    """Returns the first examples of a model's inputs; repeats them if there are too few."""
+    return picked(inputs, torch.arange(number) % count_rows(inputs))
 
 
 def float32(value: Any) -> Any:

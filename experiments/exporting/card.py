@@ -11,6 +11,7 @@ from paretoprune.experiments.measuring.reports import Report
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Record
 from paretoprune.search.latency import Latency
+from paretoprune.search.objectives import own_metrics
 from paretoprune.search.record import LAYER, NEURONS
 from paretoprune.surgery import Cost
 from paretoprune.surgery.serialization import is_trusted
@@ -91,7 +92,7 @@ def model_card(
     sections = [
         f"# {facts.name}, pruned to {format_percent(share)} of its MACs",
         f"A structurally pruned version of `{facts.name}`: whole channels"
-        + (" and whole residual blocks" if _removed(facts.record) else "")
+        + (" and whole residual blocks" if facts.record.removed else "")
         + " were removed, so it is a smaller ordinary network that needs no special runtime. "
         "MACs are multiply-accumulates of one forward pass of one example, the papers' “FLOPs”.",
         _numbers(dense, small),
@@ -107,10 +108,6 @@ def model_card(
         + "- `README.md`: this card.",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _removed(record: Record) -> tuple[str, ...]:
-    return record.plan.removed if record.plan is not None else ()
 
 
 def _numbers(dense: Measured, small: Measured) -> str:
@@ -146,6 +143,10 @@ def _qualities(
         values = (format_percent(m["accuracy"], 2) for m in (dense, small))
         rows.append((f"accuracy, {split}", *values, f"{change:+.2f} points"))
     rows.append((f"loss, {split}", f"{dense['loss']:.4f}", f"{small['loss']:.4f}", ""))
+    rows += [
+        (f"{name}, {split}", f"{value:.4g}", f"{small[name]:.4g}", "")
+        for name, value in own_metrics(dense).items()
+    ]
     return [(name, a, b, c) for name, a, b, c in rows]
 
 
@@ -268,7 +269,7 @@ def _loading(reference: str | None) -> str:
 def _origin(facts: CardFacts) -> str:
     record = facts.record
     candidate = record.candidate
-    removed = ", ".join(_removed(record)) or "none"
+    removed = ", ".join(record.removed) or "none"
     run = f" of run `{facts.run}`" if facts.run else ""
     origins = {
         "seed": "a one-shot baseline",
@@ -326,6 +327,10 @@ def verdict(
                 f"accuracy {format_percent(after['accuracy'], 2)} on the {split} "
                 f"(dense {format_percent(before['accuracy'], 2)})"
             )
+        lines += [
+            f"{name:<8} {value:.4g} on the {split} (dense {(before or {})[name]:.4g})"
+            for name, value in own_metrics(after or {}).items()
+        ]
     lines.append(f"latency  {small.latency} (dense {dense.latency})")
     lines += [
         f"{one.name:<8} {one.latency[1]} (dense {one.latency[0]}); {one.runtime}; outputs "

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from paretoprune.experiments.data.examples import count_examples, first_examples
+from paretoprune.experiments.data.sources import first_examples
+from paretoprune.experiments.units import names
 from paretoprune.search.evaluation import one_line
 from paretoprune.search.latency import Latency, one_thread, time_in_turns
 from paretoprune.search.metrics import forward
-from paretoprune.surgery.inputs import has_rows
+from paretoprune.surgery.inputs import count_rows, has_rows
 from paretoprune.surgery.program import as_call
 
 if TYPE_CHECKING:
@@ -105,20 +106,20 @@ def parse_formats(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: If one is unknown, or needs packages that are not installed.
     """
-    names = dict.fromkeys(name.strip() for name in text.split(","))
-    for name in names:
+    formats = names(text)
+    for name in formats:
         if name != SAFETENSORS and name not in FORMATS:
             known = ", ".join((SAFETENSORS, *FORMATS))
             raise ValueError(f"unknown export format {name!r}; available: {known}.")
-    names.pop(SAFETENSORS, None)
-    for name in names:
+    beside = tuple(name for name in formats if name != SAFETENSORS)
+    for name in beside:
         missing = [p for p in FORMATS[name].packages if importlib.util.find_spec(p) is None]
         if missing:
             raise ValueError(
                 f"the format {name} needs {', '.join(missing)}, which this environment lacks; "
                 f"install it with: pip install 'paretoprune[{name}]'"
             )
-    return tuple(names)
+    return beside
 
 
 def write_format(
@@ -175,7 +176,7 @@ def write_format(
         form.runtime(),
         (files[0].stat().st_size, files[1].stat().st_size),
         (pair[0], pair[1]),
-        count_examples(batch),
+        count_rows(batch),
         difference,
     )
 

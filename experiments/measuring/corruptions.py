@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
 
 SEVERITIES = 5
 Corruption = Callable[[Tensor, int, Generator], Tensor]
@@ -69,11 +70,10 @@ def _filtered(x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(flat, kernel[None, None].to(x)).reshape(n, channels, height, width)
 
 
-def _gaussian_kernel(sigma: float) -> Tensor:
-    reach = max(1, math.ceil(3 * sigma))
-    line = torch.exp(-torch.arange(-reach, reach + 1).float().square() / (2 * sigma**2))
-    kernel = line[:, None] * line
-    return kernel / kernel.sum()
+def _blurred(x: Tensor, sigma: float) -> Tensor:
+    size = 2 * max(1, math.ceil(3 * sigma)) + 1
+    blurred: Tensor = gaussian_blur(x, [size, size], [sigma, sigma])
+    return blurred
 
 
 def _defocus_blur(x: Tensor, severity: int, _g: Generator) -> Tensor:
@@ -81,7 +81,7 @@ def _defocus_blur(x: Tensor, severity: int, _g: Generator) -> Tensor:
     reach = 3
     steps = torch.arange(-reach, reach + 1)
     disk = (steps[:, None].square() + steps.square() <= radius**2).float()
-    return _filtered(_filtered(x, disk / disk.sum()), _gaussian_kernel(alias))
+    return _blurred(_filtered(x, disk / disk.sum()), alias)
 
 
 def _moved(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -102,12 +102,11 @@ def _moved(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
 def _glass_blur(x: Tensor, severity: int, g: Generator) -> Tensor:
     choices = ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))
     sigma, rounds = choices[severity]
-    kernel = _gaussian_kernel(sigma)
-    x = _filtered(x, kernel)
+    x = _blurred(x, sigma)
     for _ in range(rounds):
         down, right = torch.randint(-1, 2, (2, len(x), *x.shape[2:]), generator=g).float()
         x = _moved(x, down, right)
-    return _filtered(x, kernel)
+    return _blurred(x, sigma)
 
 
 def _motion_blur(x: Tensor, severity: int, g: Generator) -> Tensor:
@@ -213,8 +212,7 @@ def _elastic(x: Tensor, severity: int, g: Generator) -> Tensor:
     strength, smoothness, affine = (height * value for value in choices[severity])
     drawn = torch.rand(2, n, height, width, generator=g) * 2 - 1
     reach = (height - 1) // 2
-    kernel = _gaussian_kernel(min(smoothness, reach / 3))
-    down, right = (strength * _filtered(one[:, None], kernel)[:, 0] for one in drawn)
+    down, right = strength * _blurred(drawn, min(smoothness, reach / 3))
     corners = (torch.rand(n, 2, 2, generator=g) * 2 - 1) * affine / height
     rows = torch.linspace(-height / 2, height / 2, height)[:, None].expand(height, width)
     columns = torch.linspace(-width / 2, width / 2, width).expand(height, width)

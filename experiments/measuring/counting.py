@@ -9,9 +9,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from paretoprune.experiments.data.examples import count_examples
+from paretoprune.search.metrics import to_device
+from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.program import as_call
 
 
@@ -44,7 +45,7 @@ def thop_macs(model: nn.Module, example_inputs: Any) -> int | None:
     from thop.vision.basic_hooks import zero_ops
 
     zero = (nn.BatchNorm2d, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.LayerNorm, nn.Softmax)
-    args, kwargs = as_call(_to_meta(example_inputs))
+    args, kwargs = as_call(to_device(example_inputs, torch.device("meta")))
     clone = _Positional(_meta_clone(model), kwargs)
     try:
         counted, _ = profile(
@@ -52,7 +53,7 @@ def thop_macs(model: nn.Module, example_inputs: Any) -> int | None:
         )
     except Exception:  # an operator needs values and not shapes, or thop other inputs
         return None
-    return round(float(counted) / count_examples(example_inputs))
+    return round(float(counted) / count_rows(example_inputs))
 
 
 def _meta_clone(model: nn.Module) -> nn.Module:
@@ -64,13 +65,3 @@ def _meta_clone(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo).eval()
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _to_meta(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_meta(item) for item in value)
-    return value

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from paretoprune.experiments.data.examples import count_examples
 from paretoprune.experiments.measuring.energy import check_energy, inference_energy
 from paretoprune.experiments.measuring.robustness import images_of, robustness, summary
+from paretoprune.experiments.units import names
 from paretoprune.search import Batch, Problem
 from paretoprune.search.checks import check_name
 from paretoprune.search.evaluation import on_device
+from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.progress import Progress
 
 ENERGY_SECONDS = 5.0
@@ -49,13 +50,13 @@ class Report:
         return {"dense": dict(self.dense), "pruned": dict(self.pruned)}
 
 
-def check_reports(names: Sequence[str], problem: Problem) -> None:
+def check_reports(reports: Sequence[str], problem: Problem) -> None:
     """Verifies that reports can be measured of a problem; to be called before long work.
 
     Raises:
         ValueError: If one cannot.
     """
-    if "robustness" in names:
+    if "robustness" in reports:
         images_of(_test_images(problem))
 
 
@@ -88,7 +89,7 @@ def _robustness(
 
 def _energy(problem: Problem, dense: nn.Module, small: nn.Module, progress: Progress) -> Report:
     inputs, _ = next(iter(problem.validation))
-    examples = count_examples(inputs)
+    examples = count_rows(inputs)
     values: list[dict[str, float]] = []
     for name, each in (("dense", dense), ("pruned", small)):
         progress(f"energy of the {name} network", 0, 0)
@@ -117,9 +118,9 @@ def parse_reports(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: If one is unknown, or what measures it is not installed.
     """
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in names:
+    reports = names(text)
+    for name in reports:
         check_name("report", name, REPORTS)
-    if "energy" in names:
+    if "energy" in reports:
         check_energy()
-    return names
+    return reports

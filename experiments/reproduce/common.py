@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,20 @@ from torch import Tensor, nn
 
 from paretoprune.experiments import models
 from paretoprune.experiments.benchmarks.device import described
+from paretoprune.experiments.benchmarks.rows import append, read
 from paretoprune.experiments.data.splits import Batches, TrainingBatches
 from paretoprune.experiments.finetuning import DISTILLATION
 from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.recipes import RECIPES, build_problem
 from paretoprune.experiments.reproduce.reported import COLUMNS, WORK, energy, robust, worked
 from paretoprune.experiments.training import Training, train
+from paretoprune.experiments.units import names
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.evaluation import on_device
 from paretoprune.search.metrics import device_of
 from paretoprune.search.weights import write_weights
 from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan, trace
 
-RESULTS = Path(__file__).parents[1] / "results"
 ALL_IMAGES = 46_000
 """Training images of CIFAR-10 outside the search split."""
 ALL_TESTED = 10_000
@@ -93,11 +93,6 @@ def _count(text: str) -> int:
     return number
 
 
-def names(text: str) -> list[str]:
-    """Returns the parts of a list with commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def numbers(text: str) -> list[float]:
     """Returns the numbers of a list with commas."""
     return [float(part) for part in names(text)]
@@ -124,15 +119,9 @@ class Results:
     keys: tuple[str, ...]
     reports: tuple[str, ...] = ()
 
-    def rows(self) -> list[dict[str, str]]:
-        """Returns the rows that are there."""
-        if not self.file.exists():
-            return []
-        return list(csv.DictReader(self.file.read_text(encoding="utf-8").splitlines()))
-
     def find(self, row: Mapping[str, Any]) -> dict[str, str] | None:
         """Returns the row with the same keys; None if it was not measured."""
-        for one in self.rows():
+        for one in read(self.file):
             if self._key(one) == self._key(row):
                 return one
         return None
@@ -162,12 +151,7 @@ class Results:
             whole |= dict.fromkeys(("seconds", *WORK), "")
         print(whole, flush=True)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.file.exists()
-        with self.file.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(whole))
-            if new:
-                writer.writeheader()
-            writer.writerow(whole)
+        append(self.file, [whole])
 
 
 @dataclass(frozen=True)
@@ -281,34 +265,44 @@ class Bench:
             mixup: Of the batches, likewise.
             penalty: Added to the loss.
         """
+        settings = Training(
+            epochs=self.options.epochs if epochs is None else epochs,
+            learning_rate=self.options.learning_rate if rate is None else rate,
+            distillation=0.0 if teacher is None else DISTILLATION,
+            weight_decay=decay,
+            warmup=0.05,
+            draws=draws,
+            mixup=mixup,
+            seed=self.seed,
+        )
+        taught = None if teacher is None else on_device(teacher)
+        made = partial(train, training=settings, teacher=taught, penalty=penalty)
+        return self.kept(network, name, made)
+
+    def kept(self, network: nn.Module, name: str, made: Callable[..., nn.Module]) -> nn.Module:
+        """Returns a trained copy of a network, which is kept under a name.
+
+        Args:
+            network: Where training starts.
+            name: Where it is kept.
+            made: Trains: (network, batches, checkpoint, progress) -> trained network.
+        """
         file = self.file(name)
         if file.exists():
             kept = copy.deepcopy(network)
             kept.load_state_dict(load_file(file))
             return kept.eval()
-        batches = self.problem.training
+        batches, checkpoint = self.problem.training, file.with_suffix(".part")
         assert isinstance(batches, TrainingBatches)
         model = on_device(network).to(memory_format=torch.channels_last)
-        trained = train(
+        trained = made(
             model,
             batches.on(device_of(model)),
-            Training(
-                epochs=self.options.epochs if epochs is None else epochs,
-                learning_rate=self.options.learning_rate if rate is None else rate,
-                distillation=0.0 if teacher is None else DISTILLATION,
-                weight_decay=decay,
-                warmup=0.05,
-                draws=draws,
-                mixup=mixup,
-                seed=self.seed,
-            ),
-            teacher=None if teacher is None else on_device(teacher),
-            penalty=penalty,
-            checkpoint=file.with_suffix(".part"),
-            progress=lambda line: print(f"{file.stem}: {line}", flush=True),
+            checkpoint=checkpoint,
+            progress=lambda line: print(f"{name}: {line}", flush=True),
         )
         write_weights(trained, file)
-        file.with_suffix(".part").unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
         return trained
 
     def accuracy(self, network: nn.Module) -> float:

@@ -37,19 +37,19 @@ from torch import Tensor, nn
 
 from paretoprune.criteria import CRITERIA, SharedCalibration, block_saliency, select
 from paretoprune.criteria.blocks import inner_units
+from paretoprune.experiments.benchmarks.rows import RESULTS
 from paretoprune.experiments.finetuning import FINETUNING, FineTuner
 from paretoprune.experiments.reproduce.common import (
-    RESULTS,
     Bench,
     Results,
     Row,
     benches,
-    names,
     numbers,
 )
 from paretoprune.experiments.reproduce.common import parser as base_parser
 from paretoprune.experiments.reproduce.reported import COLUMNS
 from paretoprune.experiments.training import Training
+from paretoprune.experiments.units import names
 from paretoprune.search import Completed, Finetuning, ParetoFront, Record, read_run, search
 from paretoprune.search.evaluation import Evaluator, Moved, on_device
 from paretoprune.search.metrics import device_of

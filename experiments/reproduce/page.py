@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 
+from paretoprune.experiments.benchmarks.rows import RESULTS, read
 from paretoprune.experiments.measuring.robustness import EPSILONS
-from paretoprune.experiments.reproduce.common import RESULTS, Results
 from paretoprune.experiments.reproduce.published import PUBLISHED, Published
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
@@ -50,15 +50,14 @@ def page(results: Path) -> str:
     """
     parts = [HEAD]
     for table, (title, what) in TITLES.items():
-        file = results / f"{table}.csv"
-        rows = Results(file, ()).rows()
+        rows = read(results / f"{table}.csv")
         published = [row for row in PUBLISHED if row.table == table]
         if rows or published:
             parts.append(f"## {title}\n\n" + "\n".join(_table(rows, published, what)) + "\n")
         reported = [row for row in rows if row.get("fgsm_8") or row.get("latency_ms")]
         if reported:
             parts.append(f"### {title}: robustness and energy\n\n{_reported(reported, what)}\n")
-    if rows := Results(results / "sosp-time.csv", ()).rows():
+    if rows := read(results / "sosp-time.csv"):
         parts.append(f"## SOSP: seconds on 256 images\n\n{_timed(rows)}\n")
     return "\n".join(parts)
 

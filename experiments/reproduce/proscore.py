@@ -16,16 +16,16 @@ from functools import partial
 import torch
 
 from paretoprune.criteria import CRITERIA, SharedCalibration, select
+from paretoprune.experiments.benchmarks.rows import RESULTS
 from paretoprune.experiments.reproduce.common import (
-    RESULTS,
     Bench,
     Results,
     Row,
     benches,
-    names,
     numbers,
 )
 from paretoprune.experiments.reproduce.common import parser as base_parser
+from paretoprune.experiments.units import names
 from paretoprune.surgery import PruningPlan, prune
 
 EPOCHS = 100

@@ -18,27 +18,22 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from paretoprune.criteria import CRITERIA
 from paretoprune.criteria.bottlenecks import reset
 from paretoprune.criteria.receding import Receding, recede
-from paretoprune.experiments.data.splits import TrainingBatches
+from paretoprune.experiments.benchmarks.rows import RESULTS
 from paretoprune.experiments.reproduce.common import (
-    RESULTS,
     Bench,
     Results,
     Row,
     benches,
-    names,
     numbers,
     without_lowest,
 )
 from paretoprune.experiments.reproduce.common import parser as base_parser
-from paretoprune.search.evaluation import on_device
-from paretoprune.search.metrics import device_of
-from paretoprune.search.weights import write_weights
+from paretoprune.experiments.units import names
 from paretoprune.surgery import PruningPlan, prune
 
 EPOCHS = 160
@@ -99,13 +94,6 @@ def _trained(bench: Bench, method: str) -> nn.Module:
     if method != "receding":
         penalty = partial(_l1, strength=l1) if method == "l1" else None
         return bench.train(model, f"{method}-dense", rate=RATE, decay=DECAY, penalty=penalty)
-    file = bench.file("receding-dense")
-    if file.exists():
-        model.load_state_dict(load_file(file))
-        return model
-    batches = bench.problem.training
-    assert isinstance(batches, TrainingBatches)
-    model = on_device(model).to(memory_format=torch.channels_last)
     settings = Receding(
         epochs=bench.options.epochs,
         strength=strength,
@@ -114,17 +102,8 @@ def _trained(bench: Bench, method: str) -> nn.Module:
         weight_decay=DECAY,
         seed=bench.seed,
     )
-    trained = recede(
-        model,
-        batches.on(device_of(model)),
-        bench.problem.loss,
-        settings,
-        checkpoint=file.with_suffix(".part"),
-        progress=lambda line: print(f"receding-dense: {line}", flush=True),
-    ).cpu()
-    write_weights(trained, file)
-    file.with_suffix(".part").unlink(missing_ok=True)
-    return trained
+    made = partial(recede, loss=bench.problem.loss, settings=settings)
+    return bench.kept(model, "receding-dense", made)
 
 
 def _fresh(bench: Bench, *, bounded: bool) -> nn.Module:

@@ -25,18 +25,18 @@ from torch import nn
 
 from paretoprune.criteria import CRITERIA, SharedCalibration, select
 from paretoprune.criteria.bottlenecks import pressures, reset, widen
+from paretoprune.experiments.benchmarks.rows import RESULTS
 from paretoprune.experiments.models import ResNet
 from paretoprune.experiments.reproduce.common import (
-    RESULTS,
     Bench,
     Results,
     Row,
     benches,
-    names,
     numbers,
     without_lowest,
 )
 from paretoprune.experiments.reproduce.common import parser as base_parser
+from paretoprune.experiments.units import names
 from paretoprune.search import Problem
 from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.metrics import device_of

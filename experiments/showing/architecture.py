@@ -27,9 +27,8 @@ def best_widths(view: SearchView) -> dict[str, tuple[int, int]]:
 
 def title(view: SearchView) -> str:
     """Returns which network is drawn."""
-    row = next(row for row in view.front_rows if row.trial == view.shown.number)
-    share = format_percent(row.macs_ratio)
-    return f"Units left per group: trial {row.trial}, the best, at {share} of the MACs"
+    share = format_percent(view.row(view.shown).macs_ratio)
+    return f"Units left per group: trial {view.shown.number}, the best, at {share} of the MACs"
 
 
 def architecture_png(view: SearchView) -> Figure:

@@ -51,7 +51,11 @@ def importance(view: SearchView) -> Importance | None:
     """
     from sklearn.ensemble import RandomForestRegressor
 
-    losses_of = [(record, loss) for record in view.records if (loss := _loss(record)) > 0]
+    losses_of = [
+        (record, record.outcome.metrics["loss"])  # or its estimate
+        for record in view.records
+        if isinstance(record.outcome, Completed | Stopped) and record.outcome.metrics["loss"] > 0
+    ]
     if len(losses_of) < LEAST_TRIALS:
         return None
     records = [record for record, _ in losses_of]
@@ -81,13 +85,6 @@ def importance(view: SearchView) -> Importance | None:
     return Importance({name: added[name] / whole for name in falling}, float(forest.oob_score_))
 
 
-def _loss(record: Record) -> float:
-    """Returns the loss of a trial on the search split, or its estimate; 0 where it has none."""
-    if not isinstance(record.outcome, Completed | Stopped):
-        return 0.0
-    return record.outcome.metrics.get("loss", 0.0)
-
-
 def _beside_the_budget(
     records: Sequence[Record], losses: NDArray[np.float64]
 ) -> NDArray[np.float64]:
@@ -107,7 +104,6 @@ def _columns(records: Sequence[Record], view: SearchView) -> dict[str, NDArray[n
     """Returns the decisions that differ between trials, each shape (trials, columns)."""
     stages = stage_of(list(view.sizes))
     candidates = [record.candidate for record in records]
-    removed = [() if record.plan is None else record.plan.removed for record in records]
     decided: dict[str, list[list[float]]] = {}
     for name in ("criterion", "allocation"):
         known = sorted({getattr(one, name) for one in candidates})
@@ -115,7 +111,7 @@ def _columns(records: Sequence[Record], view: SearchView) -> dict[str, NDArray[n
             [float(getattr(candidate, name) == one) for one in known] for candidate in candidates
         ]
     decided["blocks removed"] = [
-        [float(block in gone) for block in view.blocks] for gone in removed
+        [float(block in record.removed) for block in view.blocks] for record in records
     ]
     for stage in dict.fromkeys(stages.values()):
         members = [name for name in stages if stages[name] == stage]

@@ -113,7 +113,7 @@ def front_figure(view: SearchView) -> Any:
     """Returns the plotly figure of accuracy and loss over the MACs share."""
     from plotly.subplots import make_subplots
 
-    names = measured(view) or ["accuracy"]
+    names = measured(view)
     figure = make_subplots(
         rows=len(names), cols=1, shared_xaxes=True, vertical_spacing=0.09,
         subplot_titles=[title(view, name) for name in names],
@@ -199,9 +199,8 @@ def hover(row: Row) -> str:
     ]
     if row.accuracy is not None:
         lines.append(f"accuracy {format_percent(row.accuracy, 2)}")
-    if row.loss is not None:
-        lines.append(f"loss {row.loss:.4f}")
     lines += [
+        f"loss {row.loss:.4f}",
         f"params {format_count(row.params)}",
         f"criterion {escape(row.criterion)}, {escape(row.allocation)}",
         f"removed blocks: {escape(', '.join(row.removed)) or 'none'}",

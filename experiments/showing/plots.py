@@ -32,18 +32,15 @@ GONE = "#be123c"
 def front_png(view: SearchView) -> Figure:
     """Returns accuracy and loss over the MACs share, with the front as a step line."""
     names = measured(view)
-    figure, axes = new_figure(5.6 * max(len(names), 1) + 0.6, 4.9, max(len(names), 1))
-    for axis, name in zip(axes, names, strict=False):
+    figure, axes = new_figure(5.6 * len(names) + 0.6, 4.9, len(names))
+    for axis, name in zip(axes, names, strict=True):
         _front_axis(axis, view, name)
     figure.suptitle(headline(view), x=0.012, ha="left", fontsize=11.5, fontweight="bold")
-    if axes and names:
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower left", ncols=len(labels), frameon=False, fontsize=9
-        )
-        figure.text(
-            0.988, 0.018, counts(view), ha="right", va="bottom", fontsize=9, color="#475569"
-        )
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=len(labels), frameon=False, fontsize=9
+    )
+    figure.text(0.988, 0.018, counts(view), ha="right", va="bottom", fontsize=9, color="#475569")
     return figure
 
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from paretoprune.experiments.showing.tables import Row, handed_out, pruning_ratios
+from paretoprune.experiments.showing.tables import Row, pruning_ratios, quality
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.units import format_count, format_percent
-from paretoprune.search import Failed, Infeasible, Stopped
+from paretoprune.search import Direction, Failed, Infeasible, Stopped
 
 
 def headline(view: SearchView) -> str:
     """Returns one sentence: the best member of the front beside the dense network."""
     if not view.front_rows:
         return f"{view.name}: no completed trial yet."
-    row = next(row for row in view.front_rows if row.trial == view.shown.number)
+    row, metrics = view.row(view.shown), view.dense_metrics
+    accuracy = metrics.get("accuracy")
+    dense = f"{metrics['loss']:.4f}" if accuracy is None else format_percent(accuracy, 2)
     return (
         f"{view.name}: trial {row.trial} keeps {format_percent(row.macs_ratio)} of the MACs "
-        f"({format_count(row.macs)} of {format_count(view.dense.macs)}){_beside(row, view)}."
+        f"({format_count(row.macs)} of {format_count(view.dense.macs)}), {quality(view.shown)} "
+        f"(dense {dense}) on the search split."
     )
-
-
-def _beside(row: Row, view: SearchView) -> str:
-    dense = view.dense_metrics
-    best, words = handed_out(row, "accuracy")
-    if best is not None and "accuracy" in dense:
-        accuracy = f"accuracy {format_percent(best, 2)} on the search split{words}"
-        return f", {accuracy} (dense {format_percent(dense['accuracy'], 2)})"
-    best, words = handed_out(row, "loss")
-    if best is not None and "loss" in dense:
-        return f", loss {best:.4f} on the search split{words} (dense {dense['loss']:.4f})"
-    return ""
 
 
 def counts(view: SearchView) -> str:
@@ -48,12 +39,9 @@ def counts(view: SearchView) -> str:
 
 
 def measured(view: SearchView) -> list[str]:
-    """Returns which of accuracy and loss the trials have, accuracy first."""
-    return [
-        name
-        for name in ("accuracy", "loss")
-        if view.rows and all(getattr(row, name) is not None for row in view.rows)
-    ]
+    """Returns accuracy and loss, or the loss alone where trials have no accuracy."""
+    accurate = all(row.accuracy is not None for row in view.rows)
+    return ["accuracy", "loss"] if accurate else ["loss"]
 
 
 _ADVANTAGES = {
@@ -66,9 +54,15 @@ _ADVANTAGES = {
 }
 
 
+_BETTER = {Direction.MINIMIZE: "lower", Direction.MAXIMIZE: "higher"}
+
+
 def advantages(view: SearchView) -> str:
     """Returns what no other trial has at once of a member, as `a lower loss and fewer MACs`."""
-    *first, last = [_ADVANTAGES[objective.name] for objective in view.objectives]
+    *first, last = [
+        _ADVANTAGES.get(one.name) or f"a {_BETTER[one.direction]} {one.name}"
+        for one in view.objectives
+    ]
     return f"{', '.join(first)} and {last}"
 
 

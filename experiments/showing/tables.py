@@ -6,8 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Completed, ParetoFront, Record
+from paretoprune.search.objectives import own_metrics
 from paretoprune.search.record import LAYER, NEURONS, Failed
 from paretoprune.surgery import Cost, PruningPlan
 
@@ -29,12 +29,14 @@ class Row:
         macs: MACs of one forward pass of one example.
         macs_ratio: Share of the dense network's MACs that is left.
         params: Trainable scalars.
-        loss: Mean loss on the search split; None where it was not measured.
-        accuracy: Share of the search split that is classified rightly; None likewise.
+        loss: Mean loss on the search split.
+        accuracy: Share of the search split that is classified rightly; None where targets are no
+            classes.
         criterion: Name of the criterion that ranked units.
         allocation: `global`, `joint` or `uniform`.
         removed: Names of the blocks removed whole.
-        origin: `seed` for a one-shot baseline, else `sampler`.
+        origin: `seed` for a one-shot baseline, else `sampler`; with the strategy `everything`
+            what its step removed, `layer` or `neurons`.
         seconds: Wall time of the evaluation.
         on_front: Whether no other trial dominates it.
         finetuned_loss: Loss after fine-tuning; None without one.
@@ -45,13 +47,14 @@ class Row:
         finetuning_taken: Whether the fine-tuned network is no worse and handed out; None without.
         finetuning_error: Why fine-tuning failed; None unless it did.
         latency: Milliseconds of a forward pass; None where it is no objective.
+        metrics: What else was measured, by name: metrics of the problem's own.
     """
 
     trial: int
     macs: int
     macs_ratio: float
     params: int
-    loss: float | None
+    loss: float
     accuracy: float | None
     criterion: str
     allocation: str
@@ -66,6 +69,7 @@ class Row:
     finetuning_taken: bool | None = None
     finetuning_error: str | None = None
     latency: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def rows_of(records: Iterable[Record], front: ParetoFront, dense: Cost) -> list[Row]:
@@ -91,11 +95,11 @@ def _row(record: Record, outcome: Completed, dense: Cost, on_front: bool) -> Row
         macs=int(metrics["macs"]),
         macs_ratio=metrics["macs"] / dense.macs,
         params=int(metrics["params"]),
-        loss=metrics.get("loss"),
+        loss=metrics["loss"],
         accuracy=metrics.get("accuracy"),
         criterion=record.candidate.criterion,
         allocation=record.candidate.allocation,
-        removed=record.plan.removed if record.plan is not None else (),
+        removed=record.removed,
         origin=record.origin,
         seconds=outcome.seconds,
         on_front=on_front,
@@ -106,6 +110,7 @@ def _row(record: Record, outcome: Completed, dense: Cost, on_front: bool) -> Row
         finetuning_taken=record.finetuning_taken if after else None,
         finetuning_error=record.finetuned.error if isinstance(record.finetuned, Failed) else None,
         latency=metrics.get("latency"),
+        metrics=own_metrics(metrics),
     )
 
 
@@ -117,13 +122,17 @@ def front_json(rows: Sequence[Row]) -> str:
 def front_csv(rows: Sequence[Row]) -> str:
     """Returns rows as CSV with a header line; removed blocks are joined by spaces."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [name for name in Row.__slots__ if name != "on_front"])
+    writer = csv.DictWriter(out, columns_of(rows), extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        values = asdict(row) | {"removed": " ".join(row.removed)}
-        del values["on_front"]
-        writer.writerow(values)
+        writer.writerow(asdict(row) | {"removed": " ".join(row.removed)} | dict(row.metrics))
     return out.getvalue()
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Returns the columns of a whole table: the fields, and the problem's own metrics."""
+    fields = [name for name in Row.__slots__ if name not in ("on_front", "metrics")]
+    return [*fields, *(rows[0].metrics if rows else ())]
 
 
 WORDS = ("criterion and allocation", "blocks removed")
@@ -141,7 +150,8 @@ def number_heads(dense_metrics: Mapping[str, float]) -> list[str]:
         dense_metrics: What was measured of the dense network.
     """
     timed = ["latency"] if "latency" in dense_metrics else []
-    return ["trial", "MACs", "share", "params", "loss", "accuracy", *timed]
+    own = own_metrics(dense_metrics)
+    return ["trial", "MACs", "share", "params", "loss", "accuracy", *own, *timed]
 
 
 def numbers(row: Row) -> list[str]:
@@ -152,15 +162,17 @@ def numbers(row: Row) -> list[str]:
         format_percent(row.macs_ratio),
         format_count(row.params),
         *_quality(row.loss, row.accuracy),
+        *_own(row.metrics),
         *_timed(row.latency),
     ]
 
 
 def dense_numbers(dense: Cost, metrics: Mapping[str, float]) -> list[str]:
     """Returns the dense network's cells under `number_heads`."""
-    quality = _quality(metrics.get("loss"), metrics.get("accuracy"))
     costs = [format_count(dense.macs), "100.0 %", format_count(dense.params)]
-    return ["dense", *costs, *quality, *_timed(metrics.get("latency"))]
+    measured = _quality(metrics["loss"], metrics.get("accuracy"))
+    own = _own(own_metrics(metrics))
+    return ["dense", *costs, *measured, *own, *_timed(metrics.get("latency"))]
 
 
 def words(row: Row, most_blocks: int) -> list[str]:
@@ -173,11 +185,12 @@ def words(row: Row, most_blocks: int) -> list[str]:
     return [decided, ", ".join(named) or "none"]
 
 
-def _quality(loss: float | None, accuracy: float | None) -> list[str]:
-    return [
-        "–" if loss is None else f"{loss:.4f}",
-        "–" if accuracy is None else format_percent(accuracy, 2),
-    ]
+def _quality(loss: float, accuracy: float | None) -> list[str]:
+    return [f"{loss:.4f}", "–" if accuracy is None else format_percent(accuracy, 2)]
+
+
+def _own(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{value:.4g}" for value in metrics.values()]
 
 
 def _timed(latency: float | None) -> list[str]:
@@ -265,20 +278,18 @@ def kept_units(
     }
 
 
-def handed_out(row: Row, quality: Literal["loss", "accuracy"]) -> tuple[float | None, str]:
-    """Returns loss or accuracy of the network that is handed out, and what it is in words.
-
-    The words are empty where it was not fine-tuned. None where that was not measured.
-    """
-    before = dict(zip(("loss", "accuracy"), _before(row), strict=True))
-    if row.finetuning_taken is None:
-        return getattr(row, quality), ""
-    if row.finetuning_taken:
-        return getattr(row, f"finetuned_{quality}"), " after fine-tuning"
-    return before[quality], " before fine-tuning (worse after it)"
+def quality(record: Record) -> str:
+    """Returns the accuracy of the network that is handed out, or its loss where it has none."""
+    measured, when = record.handed_out, ""
+    if record.finetuned_metrics:
+        taken = record.finetuning_taken
+        when = " after fine-tuning" if taken else " before fine-tuning (worse after it)"
+    if "accuracy" in measured:
+        return f"accuracy {format_percent(measured['accuracy'], 2)}{when}"
+    return f"loss {measured['loss']:.4f}{when}"
 
 
-def _before(row: Row) -> tuple[float | None, float | None]:
+def _before(row: Row) -> tuple[float, float | None]:
     """Returns loss and accuracy that fine-tuning began with; older runs began with the trial's."""
     if row.finetuned_loss_before is None:
         return row.loss, row.accuracy
@@ -290,13 +301,13 @@ def _finetuned(row: Row) -> str:
 
     Loss where there is no accuracy, or where it was not taken for its loss alone.
     """
-    if row.finetuning_taken is None:
+    if row.finetuned_loss is None:
         return "–" if row.finetuning_error is None else "failed"
     before, after = _before(row), (row.finetuned_loss, row.finetuned_accuracy)
     worse = "" if row.finetuning_taken else ", not taken"
     if before[1] is None or after[1] is None or (worse and after[1] >= before[1]):
-        return f"loss {_quality(*after)[0]}{worse}\nfrom {_quality(*before)[0]}"
-    return f"{_quality(*after)[1]}{worse}\nfrom {_quality(*before)[1]}"
+        return f"loss {after[0]:.4f}{worse}\nfrom {before[0]:.4f}"
+    return f"{format_percent(after[1], 2)}{worse}\nfrom {format_percent(before[1], 2)}"
 
 
 def pruning_ratios(

@@ -19,7 +19,8 @@ class SearchView:
     Attributes:
         name: Name of the problem.
         dense: Cost of the dense network.
-        dense_metrics: Its `loss` and `accuracy` on the search split.
+        dense_metrics: Its `loss` and `accuracy` on the search split, and `latency` where that is
+            an objective.
         target: MACs that a plan may keep at most.
         objectives: What the search optimises, in order.
         records: All trials so far, by number.
@@ -81,6 +82,10 @@ class SearchView:
     def front_rows(self) -> list[Row]:
         """The rows of the front, MACs falling."""
         return rows_of(self.front.records, self.front, self.dense)
+
+    def row(self, record: Record) -> Row:
+        """Returns the row of a member of the front."""
+        return next(row for row in self.front_rows if row.trial == record.number)
 
     @property
     def target_ratio(self) -> float:

@@ -26,7 +26,7 @@ from paretoprune.experiments.showing.pictures import pictures
 from paretoprune.experiments.showing.summary import note
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.saved_view import front_link, view_link, view_tag
-from paretoprune.experiments.tracking.store import ExportPlace, Store
+from paretoprune.experiments.tracking.store import Store, Tracked
 from paretoprune.experiments.tracking.trial_facts import (
     metrics_of,
     params_of,
@@ -38,12 +38,12 @@ from paretoprune.search import Completed, Failed, ParetoFront, Record, Stopped
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
     from torch import Tensor, nn
 
 
-def connect(store: Store) -> MlflowClient:
-    """Returns a client; a server that does not answer costs seconds, not minutes."""
+def connect(uri: str) -> MlflowClient:
+    """Returns a client of a tracking URI; a server that is mute costs seconds, not minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -52,7 +52,7 @@ def connect(store: Store) -> MlflowClient:
         from mlflow import MlflowClient  # after the environment, which it reads once
 
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what it raises is said by us
-        return MlflowClient(tracking_uri=store.uri)
+        return MlflowClient(tracking_uri=uri)
 
 
 @contextmanager
@@ -61,6 +61,27 @@ def _silenced() -> Iterator[None]:
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def _experiment(client: MlflowClient, store: Store, name: str) -> str:
+    """Returns the id of an experiment: a new one, or the one there is, restored if deleted."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        artifacts = store.artifacts and f"{store.artifacts}/{name}"
+        about = (
+            "Searches for smaller networks. Open a saved view under Views, or a run named "
+            "after its search and then Artifacts, pareto/front.html."
+        )
+        tags = {"mlflow.note.content": about}
+        return str(client.create_experiment(name, artifacts, tags=tags))
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _log_metrics(client: MlflowClient, run: str, metrics: Sequence[Metric]) -> None:
+    for start in range(0, len(metrics), 1000):  # MLflow's limit per call
+        client.log_batch(run, metrics=metrics[start : start + 1000])
 
 
 class SearchRuns:
@@ -78,7 +99,7 @@ class SearchRuns:
 
     def open(self, view: SearchView, thop_macs: int | None) -> None:
         """Finds or makes experiment, parent run and saved view, and finds the child runs."""
-        self._experiment = self._find_experiment(view.name)
+        self._experiment = _experiment(self._client, self._store, view.name)
         spec = self._spec
         own = f"tags.search_id = '{spec.id}'"
         found = self._client.search_runs([self._experiment], f"{own} AND tags.kind = 'search'")
@@ -96,23 +117,6 @@ class SearchRuns:
         self._client.set_experiment_tag(self._experiment, key, value)
         where = {"uri": self._store.uri, "experiment": self._experiment, "run": self._parent}
         write_json(self._run_dir / TRACKING_FILE, where)
-
-    def _find_experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            artifacts = self._store.artifacts and f"{self._store.artifacts}/{name}"
-            about = (
-                "Searches for smaller networks. Open a saved view under Views, or a run named "
-                "after its search and then Artifacts, pareto/front.html."
-            )
-            return str(
-                self._client.create_experiment(
-                    name, artifacts, tags={"mlflow.note.content": about}
-                )
-            )
-        if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
 
     def _new_parent(self, view: SearchView, thop_macs: int | None) -> str:
         from mlflow.entities import Param
@@ -222,8 +226,7 @@ class SearchRuns:
                 for name in ("loss", "accuracy", "latency")
                 if name in best.metrics
             ]
-        for start in range(0, len(metrics), 1000):  # MLflow's limit per call
-            self._client.log_batch(self._parent, metrics=metrics[start : start + 1000])
+        _log_metrics(self._client, self._parent, metrics)
 
     def draw(self, view: SearchView, name: str) -> None:
         """Writes plots, table and description on the parent run."""
@@ -265,10 +268,8 @@ def log_comparison(
     """
     from mlflow.entities import Metric, Param
 
-    client = connect(store)
-    found = client.get_experiment_by_name(problem)
-    artifacts = store.artifacts and f"{store.artifacts}/{problem}"
-    experiment = found.experiment_id if found else client.create_experiment(problem, artifacts)
+    client = connect(store.uri)
+    experiment = _experiment(client, store, problem)
     tags = {"kind": "comparison", "mlflow.source.name": "paretoprune"}
     run = client.create_run(experiment, tags=tags, run_name=f"criteria at {flops}").info.run_id
     metrics = [
@@ -280,8 +281,7 @@ def log_comparison(
         )
         for shot in shots
     ]
-    for start in range(0, len(metrics), 1000):  # MLflow's limit per call
-        client.log_batch(run, metrics=metrics[start : start + 1000])
+    _log_metrics(client, run, metrics)
     client.log_batch(run, params=[Param("flops", flops)])
     for file in files:  # and not their folder, which may hold anything
         client.log_artifact(run, str(file))
@@ -297,18 +297,13 @@ def _said(bounds: Bounds) -> str:
     return ", ".join(f"{name} {value}" for name, value in given.items()) or "none"
 
 
-def log_reports(where: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-    """Writes what reports measured of the best network onto the run of its search.
-
-    Args:
-        where: What the run's folder says of its place in MLflow.
-        metrics: By name.
-    """
+def log_reports(tracked: Tracked, metrics: Mapping[str, float]) -> None:
+    """Writes what reports measured of the best network, by name, onto the run of its search."""
     from mlflow.entities import Metric
 
     now = _now()
     named = [Metric(f"report/{name}", value, now, 0) for name, value in metrics.items()]
-    connect(Store(where["uri"])).log_batch(where["run"], metrics=named)
+    connect(tracked.uri).log_batch(tracked.parent, metrics=named)
 
 
 def _now() -> int:
@@ -330,7 +325,9 @@ def _tracking_to(uri: str) -> Iterator[None]:
 
 
 def register_export(
-    place: ExportPlace,
+    tracked: Tracked,
+    trial: int,
+    name: str,
     directory: Path,
     model: nn.Module,
     example: Tensor,
@@ -343,7 +340,9 @@ def register_export(
     MLflow stores the network as a `torch.export` program, so loading it unpickles nothing.
 
     Args:
-        place: Where it belongs.
+        tracked: Where its search lies.
+        trial: Number of the exported trial.
+        name: Of the registered model, once without MLflow's separators; it counts its versions.
         directory: The export's folder.
         model: The exported network, in eval mode on the CPU.
         example: Inputs of at least two examples, so that the batch size stays free.
@@ -356,22 +355,22 @@ def register_export(
     Raises:
         LookupError: If MLflow has no run of the trial.
     """
-    client = connect(Store(place.uri))
+    client = connect(tracked.uri)
     import mlflow
     import mlflow.pytorch
 
-    query = f"tags.search_id = '{place.search_id}' AND tags.trial = '{place.trial}'"
-    found = client.search_runs([place.experiment], query)
+    query = f"tags.search_id = '{tracked.search_id}' AND tags.trial = '{trial}'"
+    found = client.search_runs([tracked.experiment], query)
     if not found:
-        raise LookupError(f"there is no run of trial {place.trial}")
+        raise LookupError(f"there is no run of trial {trial}")
     run_id = found[0].info.run_id
     client.log_artifacts(run_id, str(directory), "export")
     for key, value in metrics.items():
         client.log_metric(run_id, key, round(value, 6))
-    name = place.name.replace(":", "-").replace("/", "-")  # MLflow's own separators
+    name = name.replace(":", "-").replace("/", "-")  # MLflow's own separators
     info = found[0].info
     try:
-        with _tracking_to(place.uri), mlflow.start_run(run_id=run_id), _silenced():
+        with _tracking_to(tracked.uri), mlflow.start_run(run_id=run_id), _silenced():
             logged = mlflow.pytorch.log_model(
                 model,
                 name="exported",

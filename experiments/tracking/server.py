@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import signal
 import socket
@@ -16,12 +15,12 @@ import urllib.error
 import urllib.request
 import webbrowser
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from paretoprune.experiments.runs import TRACKING_FILE, list_runs, load_run
-from paretoprune.experiments.tracking.saved_view import front_link, view_link
+from paretoprune.experiments.tracking.saved_view import front_link
+from paretoprune.experiments.tracking.store import Tracked
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 120.0
@@ -32,76 +31,20 @@ class ServerFailed(RuntimeError):
     """MLflow's server does not come up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tracked:
-    """Where a search lies in MLflow.
-
-    Attributes:
-        name: Name of the run.
-        uri: Tracking URI.
-        experiment: Id of the experiment.
-        parent: Id of the parent run.
-        search_id: What its child runs are tagged with.
-    """
-
-    name: str
-    uri: str
-    experiment: str
-    parent: str
-    search_id: str
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether a server is there already."""
-        return self.uri.startswith(("http://", "https://"))
-
-    def links(self, server: str) -> str:
-        """Returns the two addresses that show the front."""
-        return (
-            f"front, interactive:  {front_link(server, self.experiment, self.parent)}\n"
-            f"front, as runs:      {view_link(server, self.experiment, self.search_id)}"
-        )
-
-
 def tracked(runs_dir: Path, name: str | None) -> Tracked:
     """Returns where a run lies in MLflow; without a name the newest run that was tracked.
 
     Raises:
         ValueError: If there is no such run, or MLflow has nothing of it.
     """
-    names = [name] if name is not None else list_runs(runs_dir)
-    for candidate in names:
+    for candidate in [name] if name is not None else list_runs(runs_dir):
         folder, spec = load_run(runs_dir, candidate)
-        file = folder / TRACKING_FILE
-        if file.exists():
-            where = json.loads(file.read_text())
-            check_database(where["uri"], candidate)
-            return Tracked(candidate, where["uri"], where["experiment"], where["run"], spec.id)
-    if name is not None:
-        raise ValueError(
-            f"MLflow has nothing of run {name!r} yet; `paretoprune resume {name}` writes it."
-        )
+        if name is not None or (folder / TRACKING_FILE).exists():
+            return Tracked.of(folder, spec)
     raise ValueError(
         f"{runs_dir} holds no run to show; start one with `paretoprune search`, or name the "
         f"folder of your runs with --runs-dir."
     )
-
-
-def check_database(uri: str, name: str) -> None:
-    """Verifies that a database file is there; MLflow would begin a new one without a word.
-
-    Args:
-        uri: Tracking URI.
-        name: Of the run that lies in it.
-
-    Raises:
-        ValueError: If it is not there.
-    """
-    file = uri.removeprefix("sqlite:///")
-    if file != uri and not Path(file).exists():
-        raise ValueError(
-            f"the MLflow database {file} is not there; `paretoprune resume {name}` writes it anew."
-        )
 
 
 def check_port(port: int) -> None:

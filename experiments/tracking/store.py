@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from paretoprune.experiments.runs import TRACKING_FILE, RunSpec
+from paretoprune.experiments.tracking.saved_view import front_link, view_link
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +55,53 @@ def _anchored_folder(uri: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ExportPlace:
-    """Where an export belongs in MLflow.
+class Tracked:
+    """Where a search lies in MLflow.
 
     Attributes:
+        name: Name of the run.
         uri: Tracking URI.
-        experiment: Id of the search's experiment.
-        search_id: What the search's runs are tagged with.
-        trial: Number of the exported trial.
-        name: Name of the registered model; MLflow counts its versions.
+        experiment: Id of the experiment.
+        parent: Id of the parent run.
+        search_id: What its child runs are tagged with.
     """
 
+    name: str
     uri: str
     experiment: str
+    parent: str
     search_id: str
-    trial: int
-    name: str
+
+    @staticmethod
+    def of(folder: Path, spec: RunSpec) -> Tracked:
+        """Returns where the run of a folder lies in MLflow.
+
+        Raises:
+            ValueError: If MLflow has nothing of it, or its database file is gone; MLflow would
+                begin a new one without a word.
+        """
+        name, note = folder.name, folder / TRACKING_FILE
+        if not note.exists():
+            raise ValueError(
+                f"MLflow has nothing of run {name!r} yet; `paretoprune resume {name}` writes it."
+            )
+        where = json.loads(note.read_text())
+        database = where["uri"].removeprefix("sqlite:///")
+        if database != where["uri"] and not Path(database).exists():
+            raise ValueError(
+                f"the MLflow database {database} is not there; `paretoprune resume {name}` "
+                f"writes it anew."
+            )
+        return Tracked(name, where["uri"], where["experiment"], where["run"], spec.id)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server is there already."""
+        return self.uri.startswith(("http://", "https://"))
+
+    def links(self, server: str) -> str:
+        """Returns the two addresses that show the front."""
+        return (
+            f"front, interactive:  {front_link(server, self.experiment, self.parent)}\n"
+            f"front, as runs:      {view_link(server, self.experiment, self.search_id)}"
+        )

@@ -16,6 +16,7 @@ from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.mlflow_runs import SearchRuns, connect
 from paretoprune.experiments.tracking.store import Store, store_of
 from paretoprune.search import Completed, ParetoFront, Record, SearchInfo
+from paretoprune.search.evaluation import first_line
 
 _REDRAW_SECONDS = 60.0
 """Least time between two pages of the front while the search goes on."""
@@ -115,17 +116,16 @@ class MlflowListener:
             if self._warned:  # the last attempt, at the end: nothing new to say
                 return
             self._warned = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self._warn(
-                f"MLflow at {self._store.uri} does not work ({reason}); the search goes on and "
-                f"keeps its trials in {self._run_dir}. `paretoprune resume {self._run_dir.name}` "
-                f"writes what MLflow lacks."
+                f"MLflow at {self._store.uri} does not work ({first_line(error)[:200]}); the "
+                f"search goes on and keeps its trials in {self._run_dir}. `paretoprune resume "
+                f"{self._run_dir.name}` writes what MLflow lacks."
             )
 
     def _reconcile(self) -> None:
         view = self._view
         assert view is not None
-        self._search = SearchRuns(connect(self._store), self._store, self._run_dir, self._spec)
+        self._search = SearchRuns(connect(self._store.uri), self._store, self._run_dir, self._spec)
         self._search.open(view, self._thop_macs())
         self._search.add_missing(view)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from paretoprune.experiments.showing.tables import Row, pruning_ratios, stage_ratios
+from paretoprune.experiments.showing.tables import (
+    Row,
+    columns_of,
+    pruning_ratios,
+    stage_ratios,
+)
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import Completed, Failed, Infeasible, Record
 
@@ -79,10 +85,10 @@ def params_of(record: Record, view: SearchView) -> dict[str, str]:
     }
 
 
-def table_of(rows: Iterable[Row]) -> dict[str, Any]:
+def table_of(rows: Sequence[Row]) -> dict[str, Any]:
     """Returns rows in the form in which MLflow shows a table."""
-    columns = [name for name in Row.__slots__ if name != "on_front"]
-    data = [[_cell(getattr(row, name)) for name in columns] for row in rows]
+    columns = columns_of(rows)
+    data = [[_cell((asdict(row) | dict(row.metrics))[name]) for name in columns] for row in rows]
     return {"columns": columns, "data": data}
 
 

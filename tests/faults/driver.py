@@ -16,6 +16,7 @@ from pathlib import Path
 
 from paretoprune.search import Candidate, RunLocked, StoreFailed
 from paretoprune.search.ledger import Ledger, key_of
+from paretoprune.search.objectives import directions_of
 from paretoprune.search.searcher import Decisions, Executor, Searcher, run_inline
 from paretoprune.search.space import Suggester
 from paretoprune.search.study import Study, database_failures
@@ -71,7 +72,7 @@ def main(folder: Path, trials: int, workers: int, seconds: float, url: str | Non
 
 def run(folder: Path, trials: int, workers: int, seconds: float, storage: Path | str) -> int:
     """Does so, and raises what goes wrong with the study."""
-    study = Study(storage, ("loss", "macs"), sampler="tpe", seed=0, trials=trials)
+    study = Study(storage, directions_of(("loss", "macs")), sampler="tpe", seed=0, trials=trials)
     study.begin([{"offset/a": share, "offset/b": share} for share in (1.0, 0.5)], UNITS**2)
     searcher = Searcher(study, Decisions(suggest, decode), trials, 0, lambda record: None)
     execute: Executor = run_inline

@@ -107,7 +107,7 @@ def test_the_search_says_what_it_found_and_what_comes_next(job: Job) -> None:
 
 
 def test_mlflow_has_every_trial_once_and_the_front(at_job: Job) -> None:
-    client = connect(store_of(Path("runs")))
+    client = connect(store_of(Path("runs")).uri)
     where = json.loads((at_job.run_dir / "mlflow.json").read_text())
     children = client.search_runs([where["experiment"]], "tags.kind = 'trial'")
     assert sorted(int(run.data.tags["trial"]) for run in children) == list(range(TRIALS))
@@ -236,7 +236,7 @@ def test_resuming_a_finished_run_adds_nothing(
         record.number for record in at_job.info.front.records
     ]
     assert len(at_job.info.records) == TRIALS
-    client = connect(store_of(Path("runs")))
+    client = connect(store_of(Path("runs")).uri)
     where = json.loads((at_job.run_dir / "mlflow.json").read_text())
     assert len(client.search_runs([where["experiment"]], "tags.kind = 'trial'")) == TRIALS
 
@@ -259,7 +259,7 @@ def test_an_interrupted_search_goes_on_where_it_was(at_job: Job) -> None:
         "interrupted",
     ]
     assert f"Pareto front of stopped after {done} trials" in out
-    client = connect(store_of(Path("runs")))
+    client = connect(store_of(Path("runs")).uri)
     where = json.loads((folder / "mlflow.json").read_text())
     assert client.get_run(where["run"]).info.status == "KILLED"
     shown = [file.path for file in client.list_artifacts(where["run"], "pareto")]

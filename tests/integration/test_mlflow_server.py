@@ -17,7 +17,6 @@ import pytest
 
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.tracking.mlflow_runs import connect
-from paretoprune.experiments.tracking.store import Store
 
 TRIALS = 4
 
@@ -75,7 +74,7 @@ def test_a_search_is_on_the_server_and_nowhere_else(
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "runs" / "mlflow.db").exists()
 
-    client = connect(Store(server))
+    client = connect(server)
     where = json.loads((tmp_path / "runs" / "remote" / "mlflow.json").read_text())
     assert where["uri"] == server
     parent = client.get_run(where["run"])

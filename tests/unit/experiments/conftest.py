@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.mlflow_runs import connect
-from paretoprune.experiments.tracking.store import Store
 from paretoprune.search import (
     Candidate,
     Completed,
@@ -108,7 +107,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables, which take seconds to make."""
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(Store(f"sqlite:///{file}")).search_experiments()
+    connect(f"sqlite:///{file}").search_experiments()
     return file
 
 

@@ -33,7 +33,7 @@ def run(command: str, weights: str, folder: Path, *options: str) -> int:
 def test_compare_writes_a_row_per_shot_a_plot_and_an_mlflow_run(
     untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--flops", "50%,30%", "--criteria", "l2,taylor", "--blocks")
+    options = ("--flops", "50%,30%,", "--criteria", "l2,taylor,", "--blocks")
     assert run("compare", untrained, tmp_path, *options) == 0
     shown = capsys.readouterr()
     assert "taylor, with blocks" in shown.out
@@ -44,7 +44,7 @@ def test_compare_writes_a_row_per_shot_a_plot_and_an_mlflow_run(
     for row in rows:
         assert 0.99 * float(row["target"]) < float(row["macs_ratio"]) <= float(row["target"])
     assert (folder / "criteria.png").stat().st_size > 10_000
-    client = connect(store_of(tmp_path))
+    client = connect(store_of(tmp_path).uri)
     experiment = client.get_experiment_by_name("digits")
     assert experiment is not None
     (logged,) = client.search_runs([experiment.experiment_id])
@@ -118,7 +118,8 @@ def test_a_comparison_puts_its_own_files_alone_into_mlflow(
 
 def test_shots_measure_the_network_of_their_plan(untrained: str, tmp_path: Path) -> None:
     problem = build_problem("digits", weights=untrained)
-    comparison = Comparison(problem, {"l2": CRITERIA["l2"]()}, tmp_path)
+    graph = trace(problem.model, problem.example_inputs)
+    comparison = Comparison(problem, graph, {"l2": CRITERIA["l2"]()}, tmp_path)
     for shot in comparison.shots([0.5]):
         plan = comparison.plan("l2", 0.5, "units")
         network = comparison.network(plan, shot.recovery)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from paretoprune.criteria import UNBOUNDED, Bounds
+from paretoprune.experiments.commands.options import SearchOptions
 from paretoprune.experiments.runs import (
     RunSpec,
     check_name,
@@ -117,6 +118,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(file, {"a": object()})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [one.name for one in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_full_disk_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "run.json", {"a": 1})
+
+    def fill(file: Path, text: str) -> None:
+        file.write_bytes(text.encode()[:5])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fill)
+        with pytest.raises(OSError, match="No space left"):
+            write_json(tmp_path / "run.json", {"a": 2})
+    assert [one.name for one in tmp_path.iterdir()] == ["run.json"]
+    assert json.loads((tmp_path / "run.json").read_text()) == {"a": 1}
+
+
+def test_a_run_has_the_sampler_that_a_search_takes_by_default() -> None:
+    assert SPEC.sampler == SearchOptions("digits", "50%").checked().sampler
 
 
 def test_the_newest_run_comes_first(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from paretoprune.experiments.units import (
     format_count,
     format_percent,
     format_target,
+    names,
     parse_flops,
     parse_fraction,
 )
@@ -59,6 +60,13 @@ def test_accuracies_are_fractions_or_percentages(text: str, value: float) -> Non
 def test_other_accuracies_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"such as 0\.9, or 90%, but got"):
         parse_fraction(text, "an accuracy")
+
+
+def test_commas_separate_names() -> None:
+    assert names(" l1, taylor,,l1,") == ("l1", "taylor")
+    assert names("") == ()
+    with pytest.raises(ValueError, match="commas separate names, but got ', ' without any"):
+        names(", ")
 
 
 def test_numbers_for_people() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.search import Candidate, Problem, Record
+from paretoprune.search.objectives import directions_of
 from paretoprune.search.searcher import Decisions, Searcher
 from paretoprune.search.space import Suggester
 from paretoprune.search.study import Study
@@ -90,7 +91,7 @@ def open_study(tmp_path: Path) -> Callable[..., Study]:
         trials: int = 30,
         objectives: tuple[str, ...] = ("loss", "macs"),
     ) -> Study:
-        return Study(storage, objectives, sampler=sampler, seed=seed, trials=trials)
+        return Study(storage, directions_of(objectives), sampler=sampler, seed=seed, trials=trials)
 
     return open_it
 

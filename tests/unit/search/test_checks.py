@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from paretoprune.criteria import CRITERIA
-from paretoprune.search import Finetuning, Problem, search
+from paretoprune.search import Finetuning, Metric, Problem, search
 from paretoprune.search.checks import check_problem, check_trainable, criteria_by_name
 from paretoprune.search.objectives import chance_loss, objectives_of
 from paretoprune.surgery import Cost, trace
@@ -35,6 +38,10 @@ def never(network: nn.Module, **_settings: Any) -> nn.Module:
         ({"flops": "50%"}, "but got '50%'"),
         ({"trials": 0}, "trials must be a whole number of at least 1, but got 0"),
         ({"trials": 1.5}, r"trials must be a whole number of at least 1, but got 1\.5"),
+        (
+            {"trials": 1, "strategy": "everything"},
+            "trials must be a whole number of at least 2, but got 1",
+        ),
         ({"seed": -1}, "seed must be a whole number of at least 0, but got -1"),
         ({"workers": -1}, "workers must be a whole number of at least 0, but got -1"),
         ({"gpus_per_trial": -0.1}, r"below 1 or a whole number, but got -0\.1"),
@@ -104,7 +111,53 @@ def once(problem: Problem) -> Any:
         (
             "validation",
             lambda p: [(torch.full((2, 1, 8, 8), float("nan")), torch.zeros(2).long())],
-            r"on problem\.validation is not a number",
+            r"on problem\.validation is nan, and must be finite",
+        ),
+        (
+            "calibration",
+            lambda p: [
+                *p.calibration,
+                (torch.full((2, 1, 8, 8), math.inf), p.validation[0][1][:2]),
+            ],
+            r"inputs of problem\.calibration are not all finite",
+        ),
+        (
+            "calibration",
+            lambda p: [*p.calibration, (torch.zeros(2, 1, 8, 9), torch.zeros(2).long())],
+            r"problem\.calibration has examples of 1x8x8 and of 1x8x9; bring all to the same size",
+        ),
+        (
+            "example_inputs",
+            lambda p: torch.zeros(1, 8, 8),
+            r"have 8x8 and a batch has 1x8x8 as the sizes of one example",
+        ),
+        (
+            "validation",
+            lambda p: DataLoader(TensorDataset(*p.validation[0]), batch_size=8, shuffle=True),
+            r"problem\.validation gives other batches every time it is read",
+        ),
+        (
+            "validation",
+            lambda p: [(inputs, torch.ones(len(inputs), 4)) for inputs, _ in p.validation],
+            r"cross entropy.* are floats that are no probabilities of shape \(\d+, 4\); give `l",
+        ),
+        ("loss", lambda p: lambda o, t: 0.5, r"problem\.loss returns a tensor .*, but got float"),
+        ("loss", lambda p: lambda o, t: o, r"problem\.loss returns a tensor .*, but got shape"),
+        ("model", lambda p: nn.Linear, r"problem\.model is a module, but got a type"),
+        (
+            "metrics",
+            lambda p: {"loss": Metric(lambda o, t: 1.0)},
+            "not as one that is measured anyway .*, but got 'loss'",
+        ),
+        (
+            "metrics",
+            lambda p: {"iou": Metric(lambda o, t: o[:, 9].mean())},
+            r"the metric 'iou' does not take the model's outputs .*: IndexError: index 9",
+        ),
+        (
+            "metrics",
+            lambda p: {"iou": Metric(lambda o, t: math.nan)},
+            "the metric 'iou' of a batch of problem.validation is nan",
         ),
     ],
 )
@@ -114,6 +167,15 @@ def test_data_that_does_not_fit_is_named(
     changed: Any = {split: make(problem)}
     with pytest.raises(ValueError, match=message):
         check_problem(replace(problem, **changed))
+
+
+def test_one_logit_is_no_class_for_the_cross_entropy(problem: Problem) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    batches = [(inputs, 1.0 * targets[:, None]) for inputs, targets in problem.validation]
+    regression = replace(problem, model=model, calibration=batches, validation=batches)
+    with pytest.raises(ValueError, match=r"network returns \(\d+, 1\) .* such as F\.mse_loss"):
+        check_problem(regression)
+    check_problem(replace(regression, loss=F.mse_loss))
 
 
 def test_checks_leave_the_model_in_its_mode(problem: Problem) -> None:
@@ -143,6 +205,27 @@ def test_references_of_objectives(problem: Problem) -> None:
     ]
 
 
+class Heads(NamedTuple):
+    """What a network with two heads returns."""
+
+    logits: Tensor
+    more: dict[str, Tensor]
+
+
+def test_the_level_of_chance_of_a_network_with_several_outputs() -> None:
+    class TwoHeads(nn.Linear):
+        def forward(self, input: Tensor) -> Heads:  # type: ignore[override]
+            logits = super().forward(input)
+            return Heads(logits, {"doubled": 2 * logits})
+
+    def loss(outputs: Heads, targets: Tensor) -> Tensor:
+        first = F.cross_entropy(outputs.logits, targets)
+        return first + F.cross_entropy(outputs.more["doubled"], targets)
+
+    batch = torch.randn(6, 3), torch.arange(6) % 4
+    assert chance_loss(TwoHeads(3, 4), batch, loss) == pytest.approx(2 * math.log(4))
+
+
 @pytest.mark.parametrize("chance", [float("nan"), float("inf"), 0.5])
 def test_a_loss_without_a_level_of_chance_counts_from_above_the_dense_loss(chance: float) -> None:
     (loss,) = objectives_of(("loss",), DENSE, {"loss": 3.0}, chance)
@@ -150,7 +233,7 @@ def test_a_loss_without_a_level_of_chance_counts_from_above_the_dense_loss(chanc
 
 
 def test_an_objective_that_is_not_measured() -> None:
-    with pytest.raises(ValueError, match=r"'accuracy' is not measured .*; measured: macs"):
+    with pytest.raises(ValueError, match=r"'accuracy' is not measured .*; measured: loss, macs"):
         objectives_of(("accuracy", "macs"), DENSE, {"loss": 1.0}, 2.0)
 
 

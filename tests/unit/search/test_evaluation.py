@@ -35,7 +35,7 @@ def test_metrics_are_those_of_the_reconstructed_network(
     small = prune(problem.model, graph, plan)
     small = reconstruct(small, problem.model, graph, plan, problem.calibration)
     cost = graph.cost(plan)
-    metrics = evaluator(plan, 0)
+    metrics = evaluator(plan, 0).metrics
     assert {k: metrics[k] for k in ("macs", "params")} == {
         "macs": cost.macs,
         "params": cost.params,
@@ -137,7 +137,7 @@ def test_cka_can_be_an_objective(problem: Problem) -> None:
     graph = trace(problem.model, problem.example_inputs)
     evaluator = Evaluator(problem, graph, similarity=True)
     small_plan = select(graph, CRITERIA["l2"]()(problem.model, graph, []), budget=0.2)
-    whole, less = (evaluator(plan, 0)["cka"] for plan in (PruningPlan(), small_plan))
+    whole, less = (evaluator(plan, 0).metrics["cka"] for plan in (PruningPlan(), small_plan))
     assert whole == pytest.approx(1)
     assert less < 0.999
     inputs = torch.cat([inputs for inputs, _ in problem.calibration])
@@ -155,13 +155,14 @@ def test_a_latency_is_a_share_of_the_dense_network_s(
 ) -> None:
     monkeypatch.setattr(evaluation, "TIMED_SECONDS", 0.02)
     graph = trace(problem.model, problem.example_inputs)
-    assert "latency" not in Evaluator(problem, graph)(plan, 0)
+    assert "latency" not in Evaluator(problem, graph)(plan, 0).metrics
     short, long = (
-        Evaluator(problem, graph, latency=dense)(plan, 0)["latency"] for dense in (1e-3, 1e6)
+        Evaluator(problem, graph, latency=dense)(plan, 0).metrics["latency"]
+        for dense in (1e-3, 1e6)
     )
     assert 0 < 1e3 * short < long < 1e9  # whatever else the machine does meanwhile
-    plain = Evaluator(problem, graph)(plan, 0)
-    timed = Evaluator(problem, graph, latency=1.0)(plan, 0)
+    plain = Evaluator(problem, graph)(plan, 0).metrics
+    timed = Evaluator(problem, graph, latency=1.0)(plan, 0).metrics
     assert {name: value for name, value in timed.items() if name != "latency"} == plain
 
 
@@ -176,12 +177,12 @@ def test_what_is_handed_out_is_the_better_of_two_reconstructions(
         final = Evaluator(given, graph).final(plan, 0)
         return evaluate(final, given.validation, given.loss)["loss"]
 
-    candidate = Evaluator(few, graph)(plan, 0)["loss"]
-    whole = Evaluator(problem, graph)(plan, 0)["loss"]
+    candidate = Evaluator(few, graph)(plan, 0).metrics["loss"]
+    whole = Evaluator(problem, graph)(plan, 0).metrics["loss"]
     assert whole != pytest.approx(candidate, rel=1e-4)
     assert loss_of(few) == pytest.approx(candidate, rel=1e-5)  # in another memory layout
     better, worse = sorted(
-        (few, problem), key=lambda each: Evaluator(each, graph)(plan, 0)["loss"]
+        (few, problem), key=lambda each: Evaluator(each, graph)(plan, 0).metrics["loss"]
     )
     lowest = min(candidate, whole)
     for first, second in ((better, worse), (worse, better)):

@@ -191,15 +191,6 @@ def test_the_first_objective_decides() -> None:
     assert no_worse([loss, macs], before, before)
 
 
-def test_runs_that_noted_less_are_read(problem: Problem, tmp_path: Path) -> None:
-    """Fine-tuning once began at the candidate as the search had it, and noted nothing of it."""
-    record = run(problem, tmp_path, None).best()
-    worse = replace(record, finetuned=Completed({"loss": 1e6, "epochs": 1}, 1.0))
-    assert (worse.finetuning_taken, worse.handed_out["loss"]) == (False, _loss(record))
-    better = replace(record, finetuned=Completed({"loss": 1e-6, "epochs": 1}, 1.0))
-    assert (better.finetuning_taken, better.handed_out["loss"]) == (True, 1e-6)
-
-
 class Unreadable:
     """Training data that cannot be read for more than one epoch the first time."""
 
@@ -363,7 +354,7 @@ def test_a_training_that_diverges_costs_no_trial(problem: Problem, tmp_path: Pat
 def test_who_leads_is_decided_before_fine_tuning(problem: Problem, tmp_path: Path) -> None:
     front = run(problem, tmp_path, None)
     first, second = front.leading(2, 10**9)
-    worse = replace(second, finetuned=Completed({"loss": 1e-6}, 1.0))
+    worse = replace(second, finetuned=Completed({"loss": 1e-6, "taken": 1.0}, 1.0))
     others = [one for one in front.records if one is not second]
     again = ParetoFront.of([*others, worse], front.objectives)
     assert again.leading(1, 10**9) == [first]

@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.search import (
     Completed,
+    Direction,
+    Metric,
+    NothingCompleted,
     ParetoFront,
     Problem,
     Record,
@@ -29,8 +33,11 @@ from paretoprune.search import (
     search,
 )
 from paretoprune.search.dense import dense_latency
+from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.ledger import Ledger
+from paretoprune.search.objectives import directions_of
 from paretoprune.search.searcher import run_inline
+from paretoprune.search.show import metrics_of
 from paretoprune.search.study import Study
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune, trace
 
@@ -229,7 +236,9 @@ def test_a_network_of_few_units_is_searched_at_any_target(
 
 
 def test_a_run_has_one_driver(problem: Problem, tmp_path: Path) -> None:
-    study = Study(tmp_path / "journal.log", ("loss", "macs"), sampler="tpe", seed=0, trials=2)
+    study = Study(
+        tmp_path / "journal.log", directions_of(("loss", "macs")), sampler="tpe", seed=0, trials=2
+    )
     with pytest.raises(RunLocked, match="another search is running in"):
         run(problem, tmp_path, Notes())
     study.close()
@@ -272,15 +281,51 @@ def test_bounds_out_of_reach_are_said_before_anything_is_measured(
         run(problem, tmp_path, Notes(), bounds=Bounds(exclude=("layer9",)), **unmeasured)
 
 
-def test_a_run_from_before_there_were_bounds_goes_on(problem: Problem, tmp_path: Path) -> None:
-    run(problem, tmp_path, Notes(), 2)
-    study = Study(tmp_path / "journal.log", ("loss", "macs"), sampler="tpe", seed=0, trials=2)
-    space = dict(study.notes["space"])
-    del space["bounds"], space["granularity"]
-    study.note("space", space)
-    study.close()
-    run(problem, tmp_path, Notes(), 3)
-    assert len(read_run(tmp_path).records) == 3
+def test_a_run_is_resumed_with_its_own_loss(problem: Problem, tmp_path: Path) -> None:
+    run(problem, tmp_path, Notes(), 1)
+    other = replace(problem, loss=F.multi_margin_loss)
+    with pytest.raises(ValueError, match=r"\(loss differ\)"):
+        run(other, tmp_path, Notes(), 2)
+
+
+def test_a_metric_of_ones_own_is_an_objective(problem: Problem, tmp_path: Path) -> None:
+    def margin(outputs: Tensor, targets: Tensor) -> Tensor:
+        best = outputs.topk(2).values
+        return (best[:, 0] - best[:, 1]).mean()
+
+    measured = replace(problem, metrics={"margin": Metric(margin, unit="logits")})
+    notes = Notes()
+    front = run(measured, tmp_path, notes, objectives=("margin", "macs"))
+    (info,) = notes.infos
+    (first, _) = info.objectives
+    assert (first.name, first.direction, first.unit) == ("margin", Direction.MAXIMIZE, "logits")
+    assert first.reference == 0.0 < info.metrics["margin"]
+    found = {one.number: metrics_of(one)["margin"] for one in front.records}
+    best = front.best()
+    assert best.number == max(found, key=lambda number: found[number])
+    assert best.plan is not None
+    small = Evaluator(measured, trace(problem.model, problem.example_inputs))
+    again = small(best.plan, 0).metrics["margin"]
+    assert again == pytest.approx(found[best.number], rel=1e-4)
+    with pytest.raises(ValueError, match="unknown objective 'margin'; available: loss, "):
+        run(problem, tmp_path / "other", Notes(), objectives=("margin", "macs"))
+
+
+def test_a_search_of_which_nothing_completes_says_why(problem: Problem, tmp_path: Path) -> None:
+    calls = 0
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if not notes.infos:
+            return F.cross_entropy(outputs, targets)
+        raise RuntimeError("out of luck")
+
+    notes = Notes()
+    words = "none of 2 trials completed: 2 x failed: RuntimeError: out of luck"
+    with pytest.raises(NothingCompleted, match=words):
+        run(replace(problem, loss=loss), tmp_path, notes, 2)
+    assert len(notes.records) == 2
 
 
 def test_a_folder_without_a_search(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paretoprune.search import Metric
 from paretoprune.search.metrics import evaluate, to_device
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.5], [1.0, 0.0]])
@@ -49,6 +50,50 @@ def test_no_examples_is_an_error() -> None:
 def test_accuracy_is_left_out_where_it_has_no_meaning() -> None:
     regression = evaluate(nn.Identity(), [(LOGITS, LOGITS + 1)], F.mse_loss)
     assert regression == {"loss": 1.0}
+
+
+def test_one_logit_has_no_accuracy() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs[:, 0], targets.float())
+
+    assert set(evaluate(nn.Identity(), [(LOGITS[:, :1], TARGETS)], loss)) == {"loss"}
+
+
+def test_targets_that_name_no_class_are_not_counted() -> None:
+    targets = torch.tensor([0, 1, -100, 255, 1])
+    loss = torch.nn.CrossEntropyLoss(ignore_index=-100)
+    found = evaluate(
+        nn.Identity(), [(LOGITS, targets)], lambda o, t: loss(o, t.where(t < 2, -100))
+    )
+    assert found["accuracy"] == pytest.approx(2 / 3)
+
+
+class Share:
+    """Share of the outputs above 1, counted over batches as torchmetrics does."""
+
+    def reset(self) -> None:
+        self.above, self.seen = 0, 0
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.above += int((outputs > 1).sum())
+        self.seen += outputs.numel()
+
+    def compute(self) -> float:
+        return self.above / self.seen
+
+
+def test_metrics_of_ones_own_are_over_all_examples() -> None:
+    batches = [(LOGITS[:4], TARGETS[:4]), (LOGITS[4:], TARGETS[4:])]
+    shared = Share()
+    metrics = {
+        "largest": Metric(lambda outputs, targets: outputs.max(1).values.mean()),
+        "share": Metric(shared),
+    }
+    for _ in range(2):
+        found = evaluate(nn.Identity(), batches, metrics=metrics)
+        assert found["largest"] == pytest.approx(LOGITS.max(1).values.mean().item())
+        assert found["share"] == pytest.approx(2 / 10)
+    assert not vars(shared)  # a copy counts
 
 
 def test_accuracy_of_dense_labels_is_per_label() -> None:

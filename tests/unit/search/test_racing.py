@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import random
 from dataclasses import replace
@@ -46,6 +47,8 @@ def test_nothing_is_stopped_without_a_rival_or_after_the_last_batch(count: int) 
     assert not dominated(worst, [])
     assert not dominated(worst, [0.0] * count)
     assert dominated(worst, [0.0] * (count + 1))
+    for broken in (math.nan, math.inf):  # fails at the end, in words of its own
+        assert not dominated([broken, *worst[1:]], [0.0] * (count + 1))
 
 
 def test_the_bounds_are_quantiles_of_students_t() -> None:
@@ -74,7 +77,7 @@ def batched(problem: Problem) -> Problem:
 def test_an_evaluation_stops_early_and_says_what_it_would_have_found(batched: Problem) -> None:
     graph = trace(batched.model, batched.example_inputs)
     evaluator = Evaluator(batched, graph)
-    whole = evaluator.race(PLAN, 0)
+    whole = evaluator(PLAN, 0)
     assert isinstance(whole, Completed)
     assert len(whole.losses) == len(list(batched.validation))
     small = prune(batched.model, graph, PLAN)
@@ -82,12 +85,12 @@ def test_an_evaluation_stops_early_and_says_what_it_would_have_found(batched: Pr
     singles = [evaluate(small, [batch], batched.loss)["loss"] for batch in batched.validation]
     assert whole.losses == pytest.approx(singles, rel=1e-4)
     better = tuple(loss - 0.5 for loss in whole.losses)
-    stopped = attempt(lambda plan, seed: evaluator.race(plan, seed, better), PLAN, 0)
+    stopped = attempt(lambda plan, seed: evaluator(plan, seed, better), PLAN, 0)
     assert isinstance(stopped, Stopped)
     assert stopped.metrics["loss"] == pytest.approx(sum(whole.losses) / len(whole.losses))
     assert stopped.metrics["macs"] == whole.metrics["macs"]
     worse = tuple(loss + 0.5 for loss in whole.losses)
-    assert replace(evaluator.race(PLAN, 0, worse), seconds=0.0) == whole
+    assert replace(evaluator(PLAN, 0, worse), seconds=0.0) == whole
     for outcome in (stopped, whole):
         assert outcome_from_json(outcome_to_json(outcome)) == outcome
         assert pickle.loads(pickle.dumps(outcome)) == outcome
@@ -96,11 +99,11 @@ def test_an_evaluation_stops_early_and_says_what_it_would_have_found(batched: Pr
 def test_a_task_takes_its_rival_along(batched: Problem, tmp_path: Path) -> None:
     graph = trace(batched.model, batched.example_inputs)
     evaluator = Evaluator(batched, graph)
-    whole = evaluator.race(PLAN, 0)
+    whole = evaluator(PLAN, 0)
     assert isinstance(whole, Completed)
     task = Task(PLAN, 0, rival=tuple(loss - 0.5 for loss in whole.losses))
     assert Task.from_json(task.to_json()) == task
-    assert isinstance(Ledger(tmp_path).evaluate(evaluator.race, task), Stopped)
+    assert isinstance(Ledger(tmp_path).evaluate(evaluator, task), Stopped)
 
 
 def test_what_a_search_stops_is_dominated(batched: Problem, tmp_path: Path) -> None:
@@ -116,6 +119,6 @@ def test_what_a_search_stops_is_dominated(batched: Problem, tmp_path: Path) -> N
     found = front.to_dataframe()
     for record in stopped[:5]:
         assert record.plan is not None
-        real = evaluator(record.plan, 0)
+        real = evaluator(record.plan, 0).metrics
         assert ((found["loss"] < real["loss"]) & (found["macs"] <= real["macs"])).any()
     assert search(batched, 0.4, 40, **arguments).records == front.records

@@ -18,8 +18,8 @@ from paretoprune.search import (
     Infeasible,
     Record,
     RunLocked,
+    read_run,
 )
-from paretoprune.search.record import outcome_from_json
 from paretoprune.search.study import AskedTrial, Study, read_study
 from paretoprune.surgery import Cost, PruningPlan
 
@@ -293,5 +293,24 @@ def test_what_is_fixed_is_not_decided(open_study: OpenStudy, sampler: str) -> No
     study.close()
 
 
-def test_outcomes_of_older_runs_have_no_kind() -> None:
-    assert outcome_from_json({"outcome": "failed", "error": "no"}) == Failed("no", "error")
+def test_a_search_that_ended_before_its_first_trial_leaves_no_objectives_behind(
+    open_study: OpenStudy, tmp_path: Path
+) -> None:
+    open_study(objectives=("loss", "macs")).close()  # optuna ignores the directions of a second
+    study = open_study(objectives=("accuracy", "macs", "params"))
+    trial = study.ask()
+    metrics = {"loss": 0.1, "accuracy": 0.9, "macs": 50, "params": 3}
+    study.tell(record(trial, share(trial), outcome=Completed(metrics, 0.1)))
+    assert study.records()[0].outcome == Completed(metrics, 0.1)
+    study.close()
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal.log"))
+    storage = optuna.storages.JournalStorage(backend)
+    (kept,) = optuna.load_study(study_name=None, storage=storage).trials
+    assert kept.values == [0.9, 50, 3]
+
+
+def test_reading_makes_no_database(tmp_path: Path) -> None:
+    file = tmp_path / "moved.db"
+    with pytest.raises(ValueError, match=r"holds no search: .*moved\.db is not there"):
+        read_run(tmp_path, f"sqlite:///{file}")
+    assert not file.exists()

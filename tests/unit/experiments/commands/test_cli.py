@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from paretoprune.experiments.__main__ import main
 from paretoprune.experiments.cli import main_job, research  # noqa: F401  they add the commands
@@ -131,12 +132,13 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
     "no target": (["search", "digits"], "Missing option '--flops'"),
     "a target that cannot be reached": ([*SEARCH, "--flops", "0.1%"], "smallest reachable"),
     "a target above the dense network": ([*SEARCH, "--flops", "60M"], "357360"),
-    "no trials": ([*SEARCH, "--flops", "50%", "--trials", "0"], "--trials must be"),
+    "no trials": ([*SEARCH, "--flops", "50%", "--trials", "0"], "trials must be"),
     "trials that are no number": ([*SEARCH, "--flops", "50%", "--trials", "x"], "'--trials'"),
     "an unknown criterion": (
         [*SEARCH, "--flops", "50%", "--criteria", "l2,tailor"],
         "unknown criterion 'tailor'; available: ",
     ),
+    "a comma for criteria": ([*SEARCH, "--flops", "50%", "--criteria", ","], "but got ','"),
     "an unknown sampler": (
         [*SEARCH, "--flops", "50%", "--sampler", "best"],
         "unknown sampler 'best'; available: damage, tpe",
@@ -251,7 +253,7 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
         [*SEARCH, "--flops", "50%", "--strategy", "everything", "--max-ratio", "0.5"],
         "no ratio of the dense network can be bounded",
     ),
-    "workers below none": ([*SEARCH, "--flops", "50%", "--workers", "-1"], "--workers must be"),
+    "workers below none": ([*SEARCH, "--flops", "50%", "--workers", "-1"], "workers must be"),
     "a time limit without workers": (
         [*SEARCH, "--flops", "50%", "--workers", "0", "--trial-timeout", "9"],
         "an evaluation in this process cannot be stopped",
@@ -488,6 +490,19 @@ def test_a_library_network_is_inspected_without_data(capsys: pytest.CaptureFixtu
     with torch.random.fork_rng():
         assert main(["inspect", "torchvision:squeezenet1_1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["params"] == 1_235_496
+
+
+def test_a_library_network_is_inspected_at_the_size_of_its_weights(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(name: str, weights: object) -> nn.Module:  # the trained ones are a download
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(nn.Conv2d(3, 4, 1), pool, nn.Linear(4, 2))
+
+    monkeypatch.setattr("torchvision.models.get_model", small)
+    weights = "IMAGENET1K_SWAG_E2E_V1"
+    assert main(["inspect", "torchvision:vit_b_16", "--weights", weights]) == 0
+    assert "3x384x384" in capsys.readouterr().err
 
 
 def test_criteria_name_their_papers(capsys: pytest.CaptureFixture[str]) -> None:

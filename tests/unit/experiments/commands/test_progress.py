@@ -13,14 +13,13 @@ from paretoprune.experiments.commands.progress import (
     SearchProgress,
     is_live,
     long_step,
-    reasons,
     results_console,
 )
 from paretoprune.experiments.commands.stages import Stages, clock_time
 from paretoprune.experiments.showing.summary import headline
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import Completed, ParetoFront
-from paretoprune.search.record import LAYER
+from paretoprune.search.record import LAYER, reasons
 from tests.unit.experiments.infos import info_of
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def test_loss_is_that_of_the_network_that_is_handed_out(made_up: type[MadeUp]) -
     view = made_up.view(record)
     play(SearchProgress(target), view)
     assert "best trial 0: loss 0.2000 after fine-tuning at" in out.getvalue().splitlines()[-1]
-    assert ", loss 0.2000 on the search split after fine-tuning (" in headline(
+    assert ", loss 0.2000 after fine-tuning (dense 0.1000)" in headline(
         replace(view, dense_metrics={"loss": 0.1})
     )
 
@@ -113,7 +112,7 @@ def test_a_failure_that_repeats_is_said_once(view: SearchView) -> None:
     target, out = console(terminal=False)
     play(SearchProgress(target), replace(view, records=tuple(failed)))
     assert out.getvalue().count("not finite") == 2  # when it is new, and with the last trial
-    assert reasons(replace(view, records=tuple(failed))) == {"failed: ValueError: not finite": 5}
+    assert reasons(failed) == {"failed: ValueError: not finite": 5}
 
 
 def test_a_resumed_search_says_what_was_there(view: SearchView) -> None:

@@ -68,7 +68,7 @@ def test_a_search_keeps_to_its_options_and_a_resumed_one_to_them(
     spec = json.loads((tmp_path / "mine" / "run.json").read_text())
     assert spec["bounds"]["exclude"] == ["conv1", "layer3.1"]
     where = json.loads((tmp_path / "mine" / "mlflow.json").read_text())
-    params = connect(store_of(tmp_path)).get_run(where["run"]).data.params
+    params = connect(store_of(tmp_path).uri).get_run(where["run"]).data.params
     assert params["bounds"] == "multiple 2, max_ratio 0.75, exclude conv1 layer3.1"
     capsys.readouterr()
     (tmp_path / "mine" / "run.json").write_text(json.dumps({**spec, "trials": 7}))
@@ -117,7 +117,7 @@ def test_latency_is_measured_shown_and_tracked(
     html = front_page(SearchView.of(info))
     assert "<th>latency</th>" in html
     assert "a lower latency and a lower loss at once" in html
-    client = connect(store_of(tmp_path))
+    client = connect(store_of(tmp_path).uri)
     where = json.loads((tmp_path / "quick" / "mlflow.json").read_text())
     for run in client.search_runs([where["experiment"]], "tags.kind = 'trial'"):
         expected = measured[int(run.data.tags["trial"])]
@@ -194,7 +194,8 @@ def test_steps_keep_to_multiples_and_exclusions(untrained: str, tmp_path: Path) 
 def test_compared_plans_keep_to_the_bounds(untrained: str, tmp_path: Path) -> None:
     problem = build_problem("digits", weights=untrained)
     bounds = Bounds(multiple=4, exclude=("layer1.0.conv1",))
-    comparison = Comparison(problem, {"l2": CRITERIA["l2"]()}, tmp_path, bounds=bounds)
+    graph = trace(problem.model, problem.example_inputs)
+    comparison = Comparison(problem, graph, {"l2": CRITERIA["l2"]()}, tmp_path, bounds=bounds)
     assert within(comparison.plan("l2", 0.5, "units and blocks"), bounds)
     options = [
         "--multiple",
@@ -223,7 +224,7 @@ def test_a_search_reports_on_its_best_network(
     assert metrics["dense_fgsm_2"] >= metrics["dense_fgsm_8"]
     assert 0 <= metrics["corrupted"] <= 1
     where = json.loads((tmp_path / "told" / "mlflow.json").read_text())
-    logged = connect(store_of(tmp_path)).get_run(where["run"]).data.metrics
+    logged = connect(store_of(tmp_path).uri).get_run(where["run"]).data.metrics
     assert logged["report/fgsm_8"] == pytest.approx(metrics["fgsm_8"])
     assert logged["report/energy_joules_per_1000"] > 0
     before = file.stat().st_mtime_ns

@@ -50,7 +50,7 @@ def problem() -> Problem:
 def record(problem: Problem) -> Record:
     """The trial of a plan, evaluated as a search does it."""
     graph = trace(problem.model, problem.example_inputs)
-    metrics = Evaluator(problem, graph)(PLAN, 0)
+    metrics = Evaluator(problem, graph)(PLAN, 0).metrics
     return Record(3, Candidate("l2", 0.5), PLAN, graph.cost(PLAN), Completed(metrics, 0.1))
 
 

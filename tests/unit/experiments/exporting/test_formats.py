@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paretoprune.experiments.__main__ import main
-from paretoprune.experiments.data.examples import first_examples
+from paretoprune.experiments.data.sources import first_examples
 from paretoprune.experiments.exporting.formats import (
     FORMATS,
     OPSET,

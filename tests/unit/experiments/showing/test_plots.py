@@ -34,7 +34,7 @@ def test_a_better_loss_with_a_worse_accuracy_does_not_lower_the_line(
 def test_the_headline_states_the_best_beside_the_dense_network(view: SearchView) -> None:
     text = summary.headline(view)
     assert "trial 1 keeps 49.8 % of the MACs (498.0 k of 1.00 M)" in text
-    assert "accuracy 95.00 % on the search split (dense 99.00 %)" in text
+    assert "accuracy 95.00 % (dense 99.00 %) on the search split" in text
     assert summary.counts(view) == "5 trials completed, 1 infeasible, 1 failed"
 
 

@@ -6,20 +6,27 @@ import csv
 import io
 import json
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
 
 from paretoprune.experiments.showing.summary import headline
 from paretoprune.experiments.showing.tables import (
+    dense_numbers,
     front_csv,
     front_json,
     front_table,
+    number_heads,
+    numbers,
     pruning_ratios,
     stage_ratios,
 )
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import Completed, Record
+
+if TYPE_CHECKING:
+    from tests.unit.experiments.conftest import MadeUp
 
 
 def test_rows_know_their_place(view: SearchView) -> None:
@@ -51,6 +58,22 @@ def test_the_table_fits_100_columns_and_shows_the_dense_network(view: SearchView
     assert "95.00 %" in text
     assert "…" not in text
     assert "one-shot" in text
+
+
+def test_metrics_of_the_problem_have_columns(made_up: type[MadeUp]) -> None:
+    record = made_up.completed(0, 0.5, 400_000)
+    assert isinstance(record.outcome, Completed)
+    metrics = {**record.outcome.metrics, "iou": 0.71234}
+    view = made_up.view(replace(record, outcome=replace(record.outcome, metrics=metrics)))
+    (row,) = view.rows
+    assert row.metrics == {"iou": 0.71234}
+    (line,) = csv.DictReader(io.StringIO(front_csv([row])))
+    assert line["iou"] == "0.71234"
+    assert "metrics" not in line
+    dense = {"loss": 0.4, "accuracy": 0.9, "iou": 0.8}
+    heads = number_heads(dense)
+    assert numbers(row)[heads.index("iou")] == "0.7123"
+    assert dense_numbers(view.dense, dense)[heads.index("iou")] == "0.8"
 
 
 @pytest.mark.parametrize(
@@ -106,8 +129,8 @@ def test_fine_tuning_is_shown_beside_what_it_began_with(view: SearchView) -> Non
     assert shown.best is not None
     assert shown.best.number == 3  # loss 0.025 after fine-tuning, trial 1 has 0.0327 without
     alone = view.told(told(1, 0.9613, 0.9673, 0))
-    assert "accuracy 96.73 % on the search split before fine-tuning" in headline(alone)
-    assert "accuracy 97.50 % on the search split after fine-tuning" in headline(shown)
+    assert "accuracy 96.73 % before fine-tuning (worse after it) (dense" in headline(alone)
+    assert "accuracy 97.50 % after fine-tuning (dense" in headline(shown)
 
 
 def test_ratios_count_what_is_removed(view: SearchView) -> None:

@@ -14,14 +14,20 @@ import pytest
 import torch
 from torch import nn
 
+from paretoprune.experiments.comparison import Shot
 from paretoprune.experiments.runs import RunSpec, create_run
 from paretoprune.experiments.showing import page
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking import mlflow_runs as tracking
 from paretoprune.experiments.tracking import tracker
-from paretoprune.experiments.tracking.mlflow_runs import _tracking_to, connect, register_export
+from paretoprune.experiments.tracking.mlflow_runs import (
+    _tracking_to,
+    connect,
+    log_comparison,
+    register_export,
+)
 from paretoprune.experiments.tracking.saved_view import view_tag
-from paretoprune.experiments.tracking.store import ExportPlace, Store, store_of
+from paretoprune.experiments.tracking.store import Store, Tracked, store_of
 from paretoprune.experiments.tracking.tracker import MlflowListener
 from paretoprune.search import Completed, Failed, ParetoFront, Record
 from tests.unit.experiments.infos import info_of
@@ -75,7 +81,7 @@ def played(listener: MlflowListener, view: SearchView, *, before: int = 0) -> No
 
 def runs_in(folder: Path) -> tuple[MlflowClient, Run, dict[int, Run]]:
     """Returns the client, the parent run and the child runs by trial."""
-    client = connect(store_of(folder.parent))
+    client = connect(store_of(folder.parent).uri)
     where = json.loads((folder / "mlflow.json").read_text())
     children = client.search_runs(
         [where["experiment"]], f"tags.`mlflow.parentRunId` = '{where['run']}'"
@@ -232,7 +238,7 @@ def test_an_absent_server_costs_one_sentence(
 def test_a_server_that_comes_back_gets_everything_at_the_end(
     folder: Path, view: SearchView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(store: Store) -> None:
+    def refuse(uri: str) -> None:
         raise ConnectionError("refused")
 
     said: list[str] = []
@@ -297,6 +303,19 @@ def test_the_default_store_lies_with_the_runs(
         assert store_of(tmp_path) == Store(found)
 
 
+def test_a_comparison_goes_into_an_experiment_that_was_deleted(
+    tmp_path: Path, empty_database: Path
+) -> None:
+    store = Store(f"sqlite:///{shutil.copy(empty_database, tmp_path)}")
+    client = connect(store.uri)
+    experiment = client.create_experiment("digits")
+    client.delete_experiment(experiment)
+    shot = Shot("l2", "units", 0.5, 0.5, 0.5, 0, "plain", 1.0, 0.7, 0.1)
+    log_comparison(store, "digits", "50%", [shot], [])
+    (logged,) = client.search_runs([experiment])
+    assert logged.data.metrics == {"plain/l2": 0.7}
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_an_export_becomes_a_model_that_loads_without_pickle(
     folder: Path, view: SearchView, monkeypatch: pytest.MonkeyPatch
@@ -304,14 +323,14 @@ def test_an_export_becomes_a_model_that_loads_without_pickle(
     import mlflow.pytorch
 
     played(MlflowListener(folder, SPEC), view)
-    client, parent, children = runs_in(folder)
+    client, _, children = runs_in(folder)
     export = folder.parent / "exported"
     export.mkdir()
     (export / "README.md").write_text("a card")
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
     store = store_of(folder.parent)
-    place = ExportPlace(store.uri, parent.info.experiment_id, SPEC.id, 3, "made:up")
-    uri = register_export(place, export, model, torch.zeros(2, 4), about="a card")
+    tracked, example = Tracked.of(folder, SPEC), torch.zeros(2, 4)
+    uri = register_export(tracked, 3, "made:up", export, model, example, about="a card")
     assert uri == "models:/made-up@exported"
     assert store_of(folder.parent) == store  # MLflow's own setting is as it was
     assert client.get_model_version("made-up", "1").description == "a card"
@@ -323,4 +342,4 @@ def test_an_export_becomes_a_model_that_loads_without_pickle(
     files = [one.path for one in client.list_artifacts(children[3].info.run_id, "export")]
     assert files == ["export/README.md"]
     with pytest.raises(LookupError, match="no run of trial 99"):
-        register_export(replace(place, trial=99), export, model, torch.zeros(2, 4))
+        register_export(tracked, 99, "made:up", export, model, example)
