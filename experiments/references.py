@@ -83,7 +83,7 @@ def import_reference(reference: str) -> Callable[..., Any]:
 
 
 def _place(error: Exception) -> str:
-    """Returns file:line where an import failed: the last line that is of no library."""
+    """Returns file:line where an import or a call failed: the last line that is of no library."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     _, *frames = traceback.extract_tb(error.__traceback__)  # the first is ours
@@ -97,10 +97,17 @@ def call_reference(reference: str, **available: Any) -> Any:
     """Returns what the function returns, called with those of `available` that it declares.
 
     Raises:
-        ValueError: If the reference names nothing, or the function needs another argument.
+        ValueError: If the reference names nothing, or the function needs another argument or
+            raises; a `ValueError` of its own is passed on as it is.
     """
     function = import_reference(reference)
-    return function(**_accepted(reference, function, available))
+    arguments = _accepted(reference, function, available)
+    try:
+        return function(**arguments)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{reference} raised {one_line(error)} ({_place(error)}).") from error
 
 
 def accepts(function: Callable[..., Any], argument: str) -> bool:

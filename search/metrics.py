@@ -75,9 +75,9 @@ def evaluate(
     """Returns `loss` (mean per example), for a classifier `accuracy` (top-1), and metrics given.
 
     The mean is over examples, not over batches, so batches of different sizes do not bias it.
-    Accuracy is there where outputs are a tensor with two classes or more along dim 1 and targets
-    are integers of the remaining shape; those that name no class, such as -100 or 255, are not
-    counted.
+    Accuracy is there where outputs, or their `logits`, are a tensor with two classes or more along
+    dim 1 and targets are integers of the remaining shape; those that name no class, such as -100
+    or 255, are not counted.
 
     Args:
         model: Evaluated in eval mode and without gradients; left as it was.
@@ -175,6 +175,7 @@ def _tally(metric: Metric, device: torch.device) -> Tally:
 
 def _hits(outputs: Any, targets: Tensor) -> tuple[int, int] | None:
     """Returns how many labels are correct, and of how many; None where that has no meaning."""
+    outputs = getattr(outputs, "logits", outputs)  # as networks of Hugging Face return them
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or targets.is_floating_point():
         return None
     if outputs.shape[:1] + outputs.shape[2:] != targets.shape or outputs.shape[1] < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
+    WeightedRandomSampler,
     default_collate,
 )
 
@@ -51,6 +53,8 @@ _FOLDERS: Mapping[str, Callable[[Path, Split], Source]] = MappingProxyType(
 
 MEMORY = 2**30
 """Bytes up to which a loader that must be read batch by batch is held; splits may take more."""
+STREAMED = 1_000_000
+"""Examples after which an iterable dataset, which may have no end, is read no further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,7 @@ def _dataset_of(loader: DataLoader[Any]) -> Any:
 
     A loader's batches hold each example as it was augmented once; a dataset draws anew in every
     epoch. With a collation or sampler of its own a loader may give other examples than that, and
-    a subclass may change its batches.
+    a subclass may change its batches. Of a weighted sampler the weights are not used.
     """
     dataset, batches = loader.dataset, loader.batch_sampler
     if type(loader) is not DataLoader:
@@ -210,6 +214,8 @@ def _dataset_of(loader: DataLoader[Any]) -> Any:
     sampler = batches.sampler if type(batches) is BatchSampler else None
     if type(sampler) is SubsetRandomSampler:
         return Subset(dataset, [int(index) for index in sampler.indices])
+    if type(sampler) is WeightedRandomSampler:  # draws examples twice, for several splits
+        return dataset if len(sampler.weights) == len(dataset) else None
     if type(sampler) in (SequentialSampler, RandomSampler):
         return dataset if getattr(sampler, "data_source", None) is dataset else None
     return None
@@ -239,8 +245,9 @@ def _read(loader: DataLoader[Any], reference: str) -> tuple[Source, bool]:
     """
     batches: list[Batch] = []
     examples, wanted, used = 0, 0, 0
+    most = STREAMED if isinstance(loader.dataset, IterableDataset) else math.inf
     for batch in loader:
-        if examples >= wanted > 0 and used >= MEMORY:
+        if examples >= wanted > 0 and (used >= MEMORY or examples >= most):
             warnings.warn(
                 f"of the training loader of {reference} only the first {examples:,} examples "
                 f"are read, because it must be held in memory; they do for a search, but nothing "

@@ -87,6 +87,20 @@ def test_a_function_gets_what_it_declares(monkeypatch: pytest.MonkeyPatch) -> No
         call_reference("declares:net", seed=1)
 
 
+def test_a_function_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaders() -> None:
+        raise FileNotFoundError("/data/none.csv")
+
+    module = types.ModuleType("raises")
+    monkeypatch.setattr(module, "loaders", loaders, raising=False)
+    monkeypatch.setitem(sys.modules, "raises", module)
+    words = (
+        r"raises:loaders raised FileNotFoundError: /data/none\.csv \(.*test_references\.py:\d+\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        call_reference("raises:loaders")
+
+
 def test_a_torchvision_network_has_the_classes_of_the_data() -> None:
     network = library_network("torchvision:squeezenet1_1", classes=7, weights=None)
     assert network.model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,17 @@ def test_no_examples_is_an_error() -> None:
 def test_accuracy_is_left_out_where_it_has_no_meaning() -> None:
     regression = evaluate(nn.Identity(), [(LOGITS, LOGITS + 1)], F.mse_loss)
     assert regression == {"loss": 1.0}
+
+
+def test_logits_among_other_outputs_have_an_accuracy() -> None:
+    class Tagged(nn.Module):
+        def forward(self, inputs: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=inputs, cache=None)
+
+    def loss(outputs: SimpleNamespace, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits, targets)
+
+    assert evaluate(Tagged(), [(LOGITS, TARGETS)], loss)["accuracy"] == pytest.approx(3 / 5)
 
 
 def test_one_logit_has_no_accuracy() -> None:

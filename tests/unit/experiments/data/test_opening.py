@@ -26,6 +26,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    Sampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -77,9 +78,19 @@ def collate(examples):
 def own_collation():
     return DataLoader(pairs(40), batch_size=16, collate_fn=collate), None
 
+class Drawn(Sampler):
+    def __iter__(self):
+        return iter(torch.randperm(40).tolist())
+
+    def __len__(self):
+        return 40
+
 def own_sampler():
-    weighted = WeightedRandomSampler([1.0] * 40, 40)
-    return DataLoader(pairs(40), batch_size=16, sampler=weighted), None
+    return DataLoader(pairs(40), batch_size=16, sampler=Drawn()), None
+
+def weighted():
+    drawn = WeightedRandomSampler([1.0] * 39 + [1000.0], 40)
+    return DataLoader(pairs(40), batch_size=16, sampler=drawn), None
 
 def own_batches():
     return DataLoader(pairs(40), batch_sampler=[[0, 1], [5, 2]]), None
@@ -301,6 +312,17 @@ def test_a_loader_with_parts_of_its_own_is_read_whole(name: str, examples: int) 
     assert isinstance(data.train, ExampleArray)
     assert len(data.train) == examples
     assert data.whole
+
+
+def test_a_weighted_sampler_draws_no_example_for_several_splits() -> None:
+    data = load_data("user_data:weighted")
+    assert sorted(data.train.read(torch.arange(40))[0].flatten().tolist()) == [*range(40)]
+
+
+def test_a_stream_of_small_examples_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "STREAMED", 20_000)
+    with pytest.warns(UserWarning, match="only the first 20,000 examples are read"):
+        assert not load_data("user_data:endless").whole
 
 
 def test_a_loader_that_changes_its_batches_does_so_for_training_as_for_test() -> None:
