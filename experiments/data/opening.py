@@ -214,8 +214,13 @@ def _dataset_of(loader: DataLoader[Any]) -> Any:
     sampler = batches.sampler if type(batches) is BatchSampler else None
     if type(sampler) is SubsetRandomSampler:
         return Subset(dataset, [int(index) for index in sampler.indices])
-    if type(sampler) is WeightedRandomSampler:  # draws examples twice, for several splits
-        return dataset if len(sampler.weights) == len(dataset) else None
+    if type(sampler) is WeightedRandomSampler and len(sampler.weights) == len(dataset):
+        warnings.warn(
+            "the WeightedRandomSampler of a loader is not used, because it draws an example for "
+            "several splits; fine-tuning takes every example once an epoch.",
+            stacklevel=2,
+        )
+        return dataset
     if type(sampler) in (SequentialSampler, RandomSampler):
         return dataset if getattr(sampler, "data_source", None) is dataset else None
     return None

@@ -315,7 +315,8 @@ def test_a_loader_with_parts_of_its_own_is_read_whole(name: str, examples: int) 
 
 
 def test_a_weighted_sampler_draws_no_example_for_several_splits() -> None:
-    data = load_data("user_data:weighted")
+    with pytest.warns(UserWarning, match="the WeightedRandomSampler of a loader is not used"):
+        data = load_data("user_data:weighted")
     assert sorted(data.train.read(torch.arange(40))[0].flatten().tolist()) == [*range(40)]
 
 
