@@ -321,6 +321,13 @@ def _check_calibration(problem: Problem) -> None:
                 f"examples, but they have {_said(expected)} and a batch has {_said(sizes)} as "
                 f"the sizes of one example."
             )
+        counts = {len(leaf) for leaf in tree_leaves(inputs) if has_rows(leaf)}
+        if len(counts) > 1:
+            raise ValueError(
+                f"every input of problem.calibration has a dim of examples first, but a batch has "
+                f"{' and '.join(map(str, sorted(counts)))} of them; what all examples share is a "
+                f"buffer of the model, or repeated for each."
+            )
         first = first or sizes
         if sizes != first:
             raise ValueError(

@@ -169,6 +169,23 @@ def test_data_that_does_not_fit_is_named(
         check_problem(replace(problem, **changed))
 
 
+def test_what_all_examples_share_is_no_input(problem: Problem) -> None:
+    class Placed(nn.Linear):
+        def forward(self, input: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(input + places)
+
+    batches = [((torch.randn(6, 3), torch.randn(1, 3)), torch.arange(6) % 4)]
+    placed = replace(
+        problem,
+        model=Placed(3, 4),
+        example_inputs=batches[0][0],
+        calibration=batches,
+        validation=batches,
+    )
+    with pytest.raises(ValueError, match="a batch has 1 and 6 of them; what all examples share"):
+        check_problem(placed)
+
+
 def test_one_logit_is_no_class_for_the_cross_entropy(problem: Problem) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
     batches = [(inputs, 1.0 * targets[:, None]) for inputs, targets in problem.validation]
