@@ -385,9 +385,11 @@ def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
             value = problem.loss(outputs, targets.to(device_of(model)))
         except Exception as error:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            default = problem.loss is F.cross_entropy
+            more = "; give `loss` in a function that returns a Problem" if default else ""
             raise ValueError(
                 f"the loss does not take the model's outputs ({shape}) with the targets "
-                f"({tuple(targets.shape)}) of problem.{name}: {error}"
+                f"({tuple(targets.shape)}) of problem.{name}: {error}{more}"
             ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

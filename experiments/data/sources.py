@@ -5,7 +5,7 @@ Legend: n examples, c channels, h and w pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -260,7 +260,7 @@ def _are_given(listed: Tensor, dataset: Any) -> bool:
     by_class = listed.argsort(stable=True)
     spread = torch.linspace(0, len(listed) - 1, min(_COMPARED, len(listed))).long()
     with seeded(0):  # examples may draw from the global generators
-        return all(bool(dataset[at][1] == listed[at]) for at in by_class[spread].tolist())
+        return all(bool(_parted(dataset[at])[1] == listed[at]) for at in by_class[spread].tolist())
 
 
 def _classes(targets: Tensor, size: int) -> Tensor | None:
@@ -281,15 +281,26 @@ def checked(batch: Any, name: str) -> Batch:
     Raises:
         ValueError: If it has another form.
     """
+    batch = _parted(batch)
     parts = batch if isinstance(batch, (tuple, list)) else ()
     if len(parts) != 2 or not has_rows(parts[1]):
         of = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
         raise ValueError(
-            f"a batch is (inputs, targets) with a tensor of targets, one per example, but a batch "
-            f"of {name} is a {type(batch).__name__}{of}."
+            f"a batch is (inputs, targets) with a tensor of targets, one per example, or a dict "
+            f"of inputs with its targets as `labels`, but a batch of {name} is a "
+            f"{type(batch).__name__}{of}."
         )
     inputs, targets = parts
     return inputs, targets.long() if targets.dtype in _NARROW else targets
+
+
+def _parted(batch: Any) -> Any:
+    """Returns (inputs, targets) of a mapping that names its targets, as Hugging Face does."""
+    if isinstance(batch, Mapping):
+        for name in ("labels", "label"):
+            if name in batch:
+                return {key: part for key, part in batch.items() if key != name}, batch[name]
+    return batch
 
 
 def picked(inputs: Any, indices: Tensor) -> Any:

@@ -18,6 +18,7 @@ from paretoprune.experiments.data.splits import Batches
 
 MODULE = """
 import random
+from collections import UserDict
 
 import numpy
 import torch
@@ -58,7 +59,7 @@ def drawn():
     return [(pairs(40).tensors[0][order], pairs(40).tensors[1][order])], test
 
 def test_of_dicts():
-    return pairs(40), DataLoader([{"image": 1.0, "label": 2}] * 4, batch_size=2)
+    return pairs(40), DataLoader([{"image": 1.0, "kind": 2}] * 4, batch_size=2)
 
 class Noisy(Dataset):
     targets = [index % 4 for index in range(8000)]
@@ -119,10 +120,29 @@ class Named(Dataset):
         return 40
 
     def __getitem__(self, index):
-        return {"image": torch.zeros(3), "label": 1}
+        return {"image": torch.zeros(3), "kind": 1}
 
 def named():
     return DataLoader(Named(), batch_size=16), None
+
+class Tokens(Dataset):
+    labels = [index % 3 for index in range(40)]
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        ids = torch.full((5,), index)
+        return {"input_ids": ids, "attention_mask": ids > 0, "labels": self.labels[index]}
+
+class Encoding(UserDict):
+    pass  # as tokenizers of Hugging Face return
+
+def encoded(examples):
+    return Encoding(default_collate(examples))
+
+def tokens():
+    return Tokens(), DataLoader(Tokens(), batch_size=16, collate_fn=encoded)
 
 def batches():
     batch = (torch.zeros(6, 2, dtype=torch.float64), torch.arange(6))
@@ -151,7 +171,7 @@ def test_of_dict_batches():
     return pairs(40), [{"image": torch.zeros(2, 1)}]
 
 def test_of_own_dicts():
-    examples = [{"image": 1.0, "label": 2}] * 4
+    examples = [{"image": 1.0, "kind": 2}] * 4
     return pairs(40), DataLoader(examples, collate_fn=collate)
 
 def test_of_triples():
@@ -314,6 +334,19 @@ def test_a_loader_with_parts_of_its_own_is_read_whole(name: str, examples: int) 
     assert data.whole
 
 
+def test_a_dict_may_hold_the_targets_as_labels() -> None:
+    data = load_data("user_data:tokens")
+    assert data.classes == 3
+    inputs, targets = data.train.read(torch.tensor([4, 7]))
+    assert inputs["input_ids"].tolist() == [[4] * 5, [7] * 5]
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    assert targets.tolist() == [1, 1]
+    assert data.test is not None
+    tested = [*data.test()]
+    assert [len(labels) for _, labels in tested] == [16, 16, 8]
+    assert tested[0][0].keys() == {"input_ids", "attention_mask"}
+
+
 def test_a_weighted_sampler_draws_no_example_for_several_splits() -> None:
     with pytest.warns(UserWarning, match="the WeightedRandomSampler of a loader is not used"):
         data = load_data("user_data:weighted")
@@ -431,7 +464,7 @@ def test_ready_batches_are_taken_all() -> None:
     [
         ("empty", "without examples"),
         ("no_examples", "without examples"),
-        ("named", r"a batch is \(inputs, targets\) .* of user_data:named is a dict"),
+        ("named", r"a batch is \(inputs, targets\) .* as `labels`, but .* is a dict"),
         ("one", r"returns \(train, test\), but user_data:one returned a TensorDataset"),
         ("stream", "map-style Dataset, a DataLoader or a list .* returned a Stream"),
         ("tensors", r"a batch is \(inputs, targets\)"),
