@@ -96,14 +96,15 @@ class Variant:
     change: Change = _whole
     seeds: bool = True
     only: bool = False
-    racing: bool = True
+    racing: bool = False
     mutated: float = MUTATED
 
 
 PARTS: Mapping[str, Variant] = MappingProxyType(
     {
         "search": Variant(),
-        "without racing": Variant(racing=False),
+        "search again": Variant(),  # two workers make no run like another
+        "with racing": Variant(racing=True),
         "without seeds": Variant(seeds=False),
         "without sparing streams": Variant(change=lambda space: replace(space, streams=())),
         "without offsets": Variant("random", lambda space: replace(space, ties={})),
