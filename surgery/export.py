@@ -7,6 +7,7 @@ import io
 import itertools
 import logging
 import operator
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -60,10 +61,12 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
 
     Raises:
         UnsupportedModel: If `torch.export` refuses the model, or it returns no floating-point
-            tensor, wraps another module, or has parameters without a shape or without values.
+            tensor, wraps another module, or has parameters without a shape, without values or on
+            another device than the inputs.
     """
     _demand_plain(model)
     args, kwargs = as_call(example_inputs)
+    _demand_one_device(model, (args, kwargs))
     rows = _batch(args, kwargs)
     sizes = [tensor.shape for tensor in (*model.parameters(), *model.buffers())]
     sizes += [leaf.shape[1:] for leaf in _tensors((args, kwargs))]
@@ -80,6 +83,17 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
         if not any(_divides(prime, node.shape) > 1 for node in nodes.values()):
             return program
     return first or _export(model, args, kwargs)
+
+
+def _demand_one_device(model: nn.Module, inputs: Any) -> None:
+    """Raises `UnsupportedModel` if a model on one device is given inputs on another."""
+    there = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    given = {leaf.device for leaf in _tensors(inputs)}
+    if len(there) == 1 and given - there:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is on {next(iter(there))}, but example inputs are on "
+            f"{next(iter(given - there))}; move them there."
+        )
 
 
 def _with_rows(inputs: Any, rows: int, wanted: int) -> Any:
@@ -198,10 +212,11 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             copied.register_forward_hook(lambda *call: _tree_of_tensors(call[2]))
             exported = torch.export.export(copied, args, kwargs or None, strict=False)
     except Exception as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        line = next((line for line in str(error).splitlines() if line.strip()), "")
+        said = textwrap.shorten(line, 300, placeholder=" …")
         raise UnsupportedModel(
             f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: "
-            f"{said[:300]}); wrap the model in a module whose forward avoids that construct, or "
+            f"{said}); wrap the model in a module whose forward avoids that construct, or "
             f"pass example inputs that take another path."
         ) from error
     nodes: dict[str, Node] = {}

@@ -206,7 +206,8 @@ def _dataset_of(loader: DataLoader[Any]) -> Any:
     epoch. With a collation or sampler of its own a loader may give other examples than that, and
     a subclass may change its batches. Of a weighted sampler the weights are not used.
     """
-    dataset, batches = loader.dataset, loader.batch_sampler
+    dataset: Any = loader.dataset
+    batches = loader.batch_sampler
     if type(loader) is not DataLoader:
         return None
     if not _is_map_style(dataset) or loader.collate_fn is not default_collate:

@@ -201,3 +201,5 @@ def test_sizes_that_depend_on_values_are_one_clear_sentence() -> None:
 def test_networks_without_values_are_one_clear_sentence() -> None:
     with pytest.raises(UnsupportedModel, match=r"weight of Linear is on the meta device"):
         trace(nn.Linear(4, 3, device="meta"), torch.randn(2, 4))
+    with pytest.raises(UnsupportedModel, match="Linear is on cpu, but example inputs are on meta"):
+        trace(nn.Linear(4, 3), torch.empty(2, 4, device="meta"))
