@@ -37,7 +37,7 @@ from paretoprune.experiments.references import (
     required,
 )
 from paretoprune.experiments.training import Training, train
-from paretoprune.search.checks import check_problem
+from paretoprune.search.fit import check_problem
 from paretoprune.search.metrics import evaluating, forward
 from paretoprune.search.problem import Problem
 from paretoprune.surgery.progress import Lines, silent

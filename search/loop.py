@@ -14,6 +14,7 @@ from paretoprune.search import checks
 from paretoprune.search.dense import dense_latency
 from paretoprune.search.errors import NothingCompleted, SearchInterrupted
 from paretoprune.search.finetuning import Finetuning
+from paretoprune.search.fit import check_problem
 from paretoprune.search.front import ParetoFront
 from paretoprune.search.ledger import Ledger
 from paretoprune.search.listener import Listener, SearchInfo
@@ -154,7 +155,7 @@ def search(
         trains=finetuning is not None,
     )
     checks.check_address(address, workers)
-    checks.check_problem(problem)
+    check_problem(problem)
     from paretoprune.search.study import Study, database_failures  # imports optuna
 
     with ExitStack() as stack:

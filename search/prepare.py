@@ -11,9 +11,10 @@ from torch import nn
 
 from paretoprune.criteria import UNBOUNDED, Bounds, Criterion, SharedCalibration, fingerprint
 from paretoprune.search.candidate import Candidate
-from paretoprune.search.checks import check_reachable, check_trainable
+from paretoprune.search.checks import check_reachable
 from paretoprune.search.damage import DamageModel
 from paretoprune.search.evaluation import Moved, on_device
+from paretoprune.search.fit import check_trainable
 from paretoprune.search.listener import SearchInfo
 from paretoprune.search.metrics import device_of, evaluate
 from paretoprune.search.objectives import chance_loss, measured_of, objectives_of

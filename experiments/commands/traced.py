@@ -5,7 +5,7 @@ from __future__ import annotations
 from paretoprune.experiments.commands.progress import long_step, progress_console
 from paretoprune.experiments.recipes import build_problem
 from paretoprune.search import Problem
-from paretoprune.search.checks import check_problem
+from paretoprune.search.fit import check_problem
 from paretoprune.surgery import PruningGraph, trace
 
 

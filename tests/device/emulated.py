@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -165,7 +165,7 @@ def _making(operator: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: _run(operator, args, kwargs)
 
 
-_KERNELS = torch.library.Library("aten", "IMPL")
+_KERNELS = library.Library("aten", "IMPL")
 for _name in _MADE:
     _packet, _, _overload = _name.partition(".")
     _operator = getattr(getattr(_ATEN, _packet), _overload or "default")

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paretoprune.criteria import CRITERIA
 from paretoprune.search import Finetuning, Metric, Problem, search
-from paretoprune.search.checks import check_problem, check_trainable, criteria_by_name
+from paretoprune.search.checks import criteria_by_name
+from paretoprune.search.fit import check_problem, check_trainable
 from paretoprune.search.objectives import chance_loss, objectives_of
 from paretoprune.surgery import Cost, trace
 
