@@ -119,10 +119,9 @@ class RunSpec:
         values = {name: value for name, value in data.items() if name in known}
         try:
             values["criteria"] = tuple(values["criteria"])
-            values["reports"] = tuple(values.get("reports", ()))
-            if "bounds" in values:  # older: neither these nor objectives
-                values["bounds"] = Bounds.from_json(values["bounds"])
-                values["objectives"] = tuple(values["objectives"])
+            values["reports"] = tuple(values["reports"])
+            values["bounds"] = Bounds.from_json(values["bounds"])
+            values["objectives"] = tuple(values["objectives"])
             return RunSpec(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"run.json is incomplete ({error}).") from error

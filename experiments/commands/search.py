@@ -194,7 +194,7 @@ def _search(
                 objectives=spec.objectives,
                 granularity=spec.granularity,
                 bounds=spec.bounds,
-                sampler=None if steps else spec.sampler,  # older runs name one
+                sampler=spec.sampler,
                 finetuning=finetuning,
                 seed=spec.seed,
                 workers=spec.workers,

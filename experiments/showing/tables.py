@@ -289,13 +289,6 @@ def quality(record: Record) -> str:
     return f"loss {measured['loss']:.4f}{when}"
 
 
-def _before(row: Row) -> tuple[float, float | None]:
-    """Returns loss and accuracy that fine-tuning began with; older runs began with the trial's."""
-    if row.finetuned_loss_before is None:
-        return row.loss, row.accuracy
-    return row.finetuned_loss_before, row.finetuned_accuracy_before
-
-
 def _finetuned(row: Row) -> str:
     """Returns accuracy after fine-tuning and below it the one before.
 
@@ -303,11 +296,11 @@ def _finetuned(row: Row) -> str:
     """
     if row.finetuned_loss is None:
         return "–" if row.finetuning_error is None else "failed"
-    before, after = _before(row), (row.finetuned_loss, row.finetuned_accuracy)
+    before, after = row.finetuned_accuracy_before, row.finetuned_accuracy
     worse = "" if row.finetuning_taken else ", not taken"
-    if before[1] is None or after[1] is None or (worse and after[1] >= before[1]):
-        return f"loss {after[0]:.4f}{worse}\nfrom {before[0]:.4f}"
-    return f"{format_percent(after[1], 2)}{worse}\nfrom {format_percent(before[1], 2)}"
+    if before is None or after is None or (worse and after >= before):
+        return f"loss {row.finetuned_loss:.4f}{worse}\nfrom {row.finetuned_loss_before:.4f}"
+    return f"{format_percent(after, 2)}{worse}\nfrom {format_percent(before, 2)}"
 
 
 def pruning_ratios(

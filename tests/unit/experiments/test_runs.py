@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paretoprune.criteria import UNBOUNDED, Bounds
+from paretoprune.criteria import Bounds
 from paretoprune.experiments.commands.options import SearchOptions
 from paretoprune.experiments.runs import (
     RunSpec,
@@ -37,20 +37,6 @@ def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert load_run(tmp_path / "runs", "first") == (folder, SPEC)
     assert sorted(file.name for file in folder.iterdir()) == ["run.json"]
     assert SPEC.libraries["torch"]
-
-
-def test_a_run_from_before_there_were_bounds_has_none(tmp_path: Path) -> None:
-    folder = create_run(tmp_path, "first", RunSpec("digits", 0.3, 1, ("l1",)))
-    data = json.loads((folder / "run.json").read_text())
-    for name in ("objectives", "granularity", "bounds"):
-        del data[name]
-    (folder / "run.json").write_text(json.dumps(data))
-    spec = load_run(tmp_path, "first")[1]
-    assert (spec.bounds, spec.objectives, spec.granularity) == (
-        UNBOUNDED,
-        ("loss", "macs"),
-        "group",
-    )
 
 
 def test_a_target_in_macs_stays_an_int(tmp_path: Path) -> None:
