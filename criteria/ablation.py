@@ -25,7 +25,7 @@ from paretoprune.criteria.similarity import CHANGES, Response
 from paretoprune.criteria.units import LAYERS
 from paretoprune.surgery import PrunableGroup, PruningGraph, PruningPlan
 from paretoprune.surgery.execute import Execution, Values
-from paretoprune.surgery.inputs import has_rows, join_rows, some_rows
+from paretoprune.surgery.inputs import count_rows, has_rows, join_rows, some_rows
 from paretoprune.surgery.program import Node, Ref
 
 _TOGETHER = 64  # structures
@@ -119,11 +119,11 @@ def _measure(
     measures: Sequence[str],
 ) -> dict[str, Changes]:
     parts = _gathered(calibration, images)
-    targets = torch.cat([targets for _, targets in parts])
+    targets = join_rows(*(targets for _, targets in parts))
     ablation = _Ablation(model, graph, [inputs for inputs, _ in parts])
     dense = ablation.dense()
     returned = len(set(graph.program.outputs))
-    if returned != 1 or dense.outputs.shape[:1] != targets.shape[:1]:
+    if returned != 1 or len(dense.outputs) != count_rows(targets):
         raise ValueError(
             "criteria that compare outputs need a network that returns one tensor with a row per "
             f"example, but it returns {returned} values."
@@ -151,17 +151,17 @@ def _measure(
     return {name: Changes(units[name], blocks[name]) for name in measures}
 
 
-def _gathered(calibration: SharedCalibration, images: int) -> list[tuple[Any, Tensor]]:
+def _gathered(calibration: SharedCalibration, images: int) -> list[tuple[Any, Any]]:
     """Returns batches of `images` examples together; a small rest goes with the batch before."""
-    parts: list[tuple[Any, Tensor]] = []
+    parts: list[tuple[Any, Any]] = []
     for batch in calibration:
-        left = images - sum(len(targets) for _, targets in parts)
+        left = images - sum(map(count_rows, parts))
         parts.append(some_rows(batch, 0, left))
-        if len(batch[1]) >= left:
+        if count_rows(batch) >= left:
             break
     if not parts:
         raise ValueError("the criterion needs calibration data, but got no batch.")
-    if len(parts) > 1 and 2 * len(parts[-1][1]) < len(parts[-2][1]):
+    if len(parts) > 1 and 2 * count_rows(parts[-1]) < count_rows(parts[-2]):
         parts[-2:] = [join_rows(*parts[-2:])]
     return parts
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paretoprune.surgery import PruningGraph
 
-Calibration = Iterable[tuple[Any, Tensor]]
+Calibration = Iterable[tuple[Any, Any]]
 """A re-iterable of (inputs, targets) batches of training data."""
 
 

@@ -20,7 +20,7 @@ def of_model(model: nn.Module) -> str:
     )
 
 
-def of_batches(batches: Iterable[tuple[Any, Tensor]]) -> str:
+def of_batches(batches: Iterable[tuple[Any, Any]]) -> str:
     """Returns the fingerprint of the examples and targets of all batches."""
     return _digest(
         (f"{number}.{place}", leaf)
@@ -29,7 +29,7 @@ def of_batches(batches: Iterable[tuple[Any, Tensor]]) -> str:
     )
 
 
-def of_data(batches: Iterable[tuple[Any, Tensor]]) -> str:
+def of_data(batches: Iterable[tuple[Any, Any]]) -> str:
     """Returns what tells training data apart, without reading an epoch, which may be drawn.
 
     That is the first batch of a sequence, and of others how they show themselves.

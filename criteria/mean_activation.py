@@ -20,6 +20,7 @@ from paretoprune.criteria.units import Units
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.consumers import find_consumers
 from paretoprune.surgery.execute import Execution, Values
+from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.program import Node
 
 
@@ -55,9 +56,9 @@ class MeanActivation:
                 sums[node.name] = sums.get(node.name, torch.zeros_like(mean)) + mean
 
         seen = 0
-        for inputs, targets in calibration:
+        for inputs, _ in calibration:
             Execution(graph).run(model, inputs, before=before)
-            seen += len(targets)
+            seen += count_rows(inputs)
         if not seen:
             raise ValueError(
                 "the mean_activation criterion needs calibration data, but got no batch."

@@ -30,7 +30,7 @@ from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.surgery import ChannelSlice, PruningGraph, PruningPlan
 from paretoprune.surgery.consumers import Consumer, find_consumers
 from paretoprune.surgery.execute import Execution, Values
-from paretoprune.surgery.inputs import sample_positions
+from paretoprune.surgery.inputs import count_rows, sample_positions
 from paretoprune.surgery.least_squares import RIDGE, output_positions, patches
 from paretoprune.surgery.program import Node
 
@@ -227,9 +227,9 @@ def _observe(
             found.variance += outputs.var(0, correction=0).sum().item() * len(value)
 
     seen = 0
-    for inputs, targets in calibration:
+    for inputs, _ in calibration:
         Execution(graph).run(model, inputs, before=before, after=after)
-        seen += len(targets)
+        seen += count_rows(inputs)
         if seen >= images:
             break
     if not seen:

@@ -39,6 +39,7 @@ from paretoprune.criteria.precision import mixed_precision
 from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.statistics import Loss
 from paretoprune.surgery import PruningGraph
+from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.program import as_call
 from paretoprune.surgery.progress import Lines, silent
 
@@ -177,7 +178,7 @@ class Receding:
 
 def recede(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Tensor]],
+    batches: Iterable[tuple[Any, Any]],
     loss: Loss,
     settings: Receding,
     *,
@@ -250,13 +251,13 @@ def recede(
 
 
 def _large_enough(
-    batches: Iterable[tuple[Any, Tensor]],
-) -> Iterator[tuple[Any, Tensor]]:
+    batches: Iterable[tuple[Any, Any]],
+) -> Iterator[tuple[Any, Any]]:
     """Yields batches of two examples or more: one has no statistics."""
     empty = True
     for inputs, targets in batches:
         empty = False
-        if len(targets) > 1:
+        if count_rows(targets) > 1:
             yield inputs, targets
     if empty:
         raise ValueError("the receding criterion needs calibration data, but got no batch.")
@@ -264,7 +265,7 @@ def _large_enough(
 
 def _epoch(
     network: nn.Module,
-    batches: Iterable[tuple[Any, Tensor]],
+    batches: Iterable[tuple[Any, Any]],
     loss: Loss,
     settings: Receding,
     optimizer: torch.optim.Optimizer,
@@ -284,7 +285,8 @@ def _epoch(
             optimizer.zero_grad()
             (value + settings.strength * penalty.sum()).backward()
         optimizer.step()
-        total, examples = total + float(value.detach()) * len(targets), examples + len(targets)
+        count = count_rows(targets)
+        total, examples = total + float(value.detach()) * count, examples + count
     if passed:
         return None
     mean = total / max(1, examples)

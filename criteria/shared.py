@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from paretoprune.criteria import fingerprint
@@ -31,9 +31,7 @@ class SharedCalibration:
             criterion goes through batches or units; may be set.
     """
 
-    def __init__(
-        self, batches: Iterable[tuple[Any, Tensor]], loss: Loss = F.cross_entropy
-    ) -> None:
+    def __init__(self, batches: Iterable[tuple[Any, Any]], loss: Loss = F.cross_entropy) -> None:
         self.batches = batches
         self.loss = loss
         self.progress: Parts = silent
@@ -42,13 +40,13 @@ class SharedCalibration:
         self._of: tuple[str, PruningGraph] | None = None
 
     @staticmethod
-    def of(calibration: Iterable[tuple[Any, Tensor]]) -> SharedCalibration:
+    def of(calibration: Iterable[tuple[Any, Any]]) -> SharedCalibration:
         """Returns `calibration` if it is shared already, else a new one for it alone."""
         if isinstance(calibration, SharedCalibration):
             return calibration
         return SharedCalibration(calibration)
 
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         done = 0
         for done, batch in enumerate(self.batches, start=1):
             yield batch

@@ -22,11 +22,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
+
+from paretoprune.surgery.inputs import count_rows
 
 _NOISE = 1e-5  # of the largest singular value: below are the rounding errors of float32
 _ROUNDING = 1e-14  # of float32 features, in their squares
@@ -158,7 +161,7 @@ def kl_divergence(outputs: Tensor, changed: Tensor) -> Tensor:
 
 
 def gaussian_shape(
-    x: Tensor, y: Tensor, targets: Tensor, *, alpha: int, rounds: int = _ROUNDS
+    x: Tensor, y: Tensor, targets: Any, *, alpha: int, rounds: int = _ROUNDS
 ) -> Tensor:
     """Returns the Gaussian-stochastic shape distance of two sets of features, 0 for equal ones.
 
@@ -177,7 +180,7 @@ def gaussian_shape(
         alpha: 0, 1 or 2.
         rounds: Q is improved at most so often.
     """
-    labels = _labels(targets)
+    labels = _labels(targets, x.device)
     (x, basis_x), (y, basis_y) = _narrowed(x.double()), _narrowed(y.double())
     means_x, rows_x = _gaussians(x, labels, alpha)
     means_y, rows_y = _gaussians(y, labels, alpha)
@@ -191,10 +194,11 @@ def gaussian_shape(
     return (size - 2 * overlap).clamp_min(0).sqrt()
 
 
-def _labels(targets: Tensor) -> Tensor:
+def _labels(targets: Any, device: torch.device) -> Tensor:
     """Returns the classes as 0, 1, ... without gaps, shape (m,)."""
-    if targets.ndim != 1 or targets.is_floating_point():
-        return torch.arange(len(targets), device=targets.device)
+    one = isinstance(targets, Tensor) and targets.ndim == 1
+    if not one or targets.is_floating_point():
+        return torch.arange(count_rows(targets), device=device)
     labels: Tensor = targets.unique(return_inverse=True)[1]
     return labels
 
@@ -231,11 +235,11 @@ def _overlaps(
         u, _, v = torch.linalg.svd(rows_x @ (rows_y @ (left @ right)).mT)
 
 
-def _gaussian_shape(alpha: int, dense: Response, other: Response, targets: Tensor) -> Tensor:
+def _gaussian_shape(alpha: int, dense: Response, other: Response, targets: Any) -> Tensor:
     return gaussian_shape(dense.features, other.features, targets, alpha=alpha)
 
 
-def _permutation(dense: Response, other: Response, _targets: Tensor) -> Tensor:
+def _permutation(dense: Response, other: Response, _targets: Any) -> Tensor:
     """The permutation distance; 0 for all features wider than `_WIDEST`.
 
     It compares every column of one network with every column of the other. For the flattened maps
@@ -247,13 +251,13 @@ def _permutation(dense: Response, other: Response, _targets: Tensor) -> Tensor:
     return permutation_angle(dense.features, other.features)
 
 
-def _transport(dense: Response, other: Response, _targets: Tensor) -> Tensor:
+def _transport(dense: Response, other: Response, _targets: Any) -> Tensor:
     """1-Wasserstein distance of all feature values, as one-dimensional samples of equal size."""
     x, y = (each.features.flatten().sort().values for each in (dense, other))
     return (x - y).abs().mean()
 
 
-Change = Callable[[Response, Response, Tensor], Tensor]
+Change = Callable[[Response, Response, Any], Tensor]
 CHANGES: Mapping[str, Change] = MappingProxyType(
     {
         "kl": lambda dense, other, _: kl_divergence(dense.outputs, other.outputs),

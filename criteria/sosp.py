@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from paretoprune.criteria.base import Calibration, CostClass
 from paretoprune.criteria.differentiable import Outputs, leaves_of, run
@@ -38,7 +39,7 @@ from paretoprune.criteria.shared import SharedCalibration
 from paretoprune.criteria.units import Units
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Values
-from paretoprune.surgery.inputs import some_rows
+from paretoprune.surgery.inputs import count_rows, some_rows
 from paretoprune.surgery.program import Node
 
 _OUTPUTS = 2048  # of an example: their Hessian has so many squared numbers
@@ -153,9 +154,9 @@ def gauss_newton(
     outputs: Outputs | None = None
     seen = 0
     for inputs, targets in calibration:
-        inputs, targets = some_rows(inputs, 0, images - seen), targets[: images - seen]
+        inputs, targets = some_rows((inputs, targets), 0, images - seen)
         outputs = outputs or Outputs(model, graph, inputs)
-        count = len(targets)
+        count = count_rows(targets)
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
         gates = torch.ones(count, units.count + 1, dtype=dtype, device=device).requires_grad_()
 
@@ -192,11 +193,11 @@ def gauss_newton(
     return total / seen
 
 
-def _loss_hessian(calibration: SharedCalibration, outputs: Tensor, targets: Tensor) -> Tensor:
+def _loss_hessian(calibration: SharedCalibration, outputs: Tensor, targets: Any) -> Tensor:
     """Returns the Hessian of the mean loss by each example's outputs, shape (N, D, D)."""
     with torch.enable_grad():
         leaf = outputs.double().requires_grad_()
-        goal = targets.double() if targets.is_floating_point() else targets
+        goal = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, targets)
         loss = calibration.loss(leaf, goal)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         rows = [

@@ -24,10 +24,10 @@ from paretoprune.criteria.differentiable import Outputs, leaves_of, run
 from paretoprune.criteria.units import CONVOLUTIONS, LAYERS, Tap, Units
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Values
-from paretoprune.surgery.inputs import some_rows
+from paretoprune.surgery.inputs import count_rows, some_rows
 from paretoprune.surgery.program import Node, Ref
 
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> scalar mean loss of a batch."""
 _ACTIVATIONS = {
     *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish"),
@@ -70,7 +70,7 @@ class Statistics:
 def statistics(
     model: nn.Module,
     graph: PruningGraph,
-    batches: Iterable[tuple[Any, Tensor]],
+    batches: Iterable[tuple[Any, Any]],
     loss: Loss,
     *,
     curvature: bool = False,
@@ -125,23 +125,22 @@ class _Gathering:
         self._curvature = curvature
         self._examples = self._batches = 0
 
-    def add(self, inputs: Any, targets: Tensor) -> None:
+    def add(self, inputs: Any, targets: Any) -> None:
         """Adds the gradients of a batch."""
         if self._outputs is None:
             self._outputs = Outputs(self._model, self._graph, inputs)
-        count = len(targets)
+        count = count_rows(targets)
         gradient: dict[str, Tensor] = {}
         for start in range(0, count, _AT_ONCE):
-            part = targets[start : start + _AT_ONCE]
-            few = some_rows(inputs, start, start + _AT_ONCE)
+            few, part = some_rows((inputs, targets), start, start + _AT_ONCE)
             for name, value in self._part(self._outputs, few, part).items():
-                scaled = value * (len(part) / count)
+                scaled = value * (count_rows(part) / count)
                 gradient[name] = gradient[name].add_(scaled) if name in gradient else scaled
         self._add_gradient(gradient, count)
         self._examples += count
         self._batches += 1
 
-    def _part(self, outputs: Outputs, inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+    def _part(self, outputs: Outputs, inputs: Any, targets: Any) -> dict[str, Tensor]:
         """Returns the gradient of some examples' mean loss, and adds all else about them."""
         entering: dict[str, Tensor] = {}
         leaving: dict[str, Tensor] = {}
@@ -183,7 +182,7 @@ class _Gathering:
         gradients = torch.autograd.grad(
             loss, wanted, create_graph=self._curvature, allow_unused=True
         )
-        count = len(targets)
+        count = count_rows(targets)
         known = {n: g for n, g in zip(names, gradients, strict=False) if g is not None}
         if self._curvature:
             self._add_curvature(known, gates, gradients[-1] if self._taps else None, count)

@@ -56,7 +56,7 @@ class FineTuner:
 
     batches: Epochs
     training: Training = FINETUNING
-    loss: Callable[[Any, Tensor], Tensor] | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
     teacher: nn.Module | None = None
 
     @staticmethod

@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_map_only
 from paretoprune.criteria import fingerprint
 from paretoprune.criteria.checkpoint import Checkpoint
 from paretoprune.criteria.precision import mixed_precision
-from paretoprune.search.metrics import device_of, forward
+from paretoprune.experiments.data.sources import picked
+from paretoprune.search.metrics import device_of, forward, to_device
 from paretoprune.search.problem import Batch, Epochs
+from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.progress import Lines, silent
 
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> scalar mean loss."""
 
 
@@ -235,9 +237,10 @@ class _Run:
         for position, (inputs, targets) in enumerate(drawn):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._training.learning_rate * self._rate(step)
-            seen = _seen(inputs, (draw, position), self._training.mixup, len(targets))
+            count = count_rows(targets)
+            seen = _seen(inputs, (draw, position), self._training.mixup, count)
             outputs = _in_mixed_precision(self._network, seen.inputs, self.device)
-            value = self._loss(seen, outputs, targets.to(self.device))
+            value = self._loss(seen, outputs, to_device(targets, self.device))
             if self._penalty is not None:
                 value = value + self._penalty(self._network)
             self.optimizer.zero_grad()
@@ -246,7 +249,7 @@ class _Run:
             if self._average is not None:
                 self._average.update_parameters(self._network)
             total += value.detach()  # on the device: reading it would wait for every step
-            step, examples = step + 1, examples + len(targets)
+            step, examples = step + 1, examples + count
         return float(total) / self._steps, examples
 
     def _rate(self, step: int) -> float:
@@ -315,11 +318,11 @@ def _loss(
     """Returns (seen, outputs, targets) -> the loss that is minimised."""
     unmixed = loss or partial(F.cross_entropy, label_smoothing=training.label_smoothing)
 
-    def own(seen: _Seen, outputs: Any, targets: Tensor) -> Tensor:
+    def own(seen: _Seen, outputs: Any, targets: Any) -> Tensor:
         value = unmixed(outputs, targets)
         if seen.others is None:
             return value
-        other = unmixed(outputs, targets[seen.others.to(targets.device)])
+        other = unmixed(outputs, picked(targets, seen.others))
         return seen.weight * value + (1 - seen.weight) * other
 
     weight = training.distillation
@@ -328,7 +331,7 @@ def _loss(
     wise = copy.deepcopy(teacher).eval().requires_grad_(False)
     kept: dict[tuple[int, int], Any] = {}
 
-    def distilled(seen: _Seen, outputs: Any, targets: Tensor) -> Tensor:
+    def distilled(seen: _Seen, outputs: Any, targets: Any) -> Tensor:
         taught = kept.get(seen.key)
         if taught is None:
             with torch.no_grad():

@@ -96,7 +96,7 @@ class Moved:
 
     def __iter__(self) -> Iterator[Batch]:
         for inputs, targets in self.batches:
-            yield to_device(inputs, self.device), targets.to(self.device)
+            yield to_device(inputs, self.device), to_device(targets, self.device)
 
 
 class Evaluator:

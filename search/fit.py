@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from paretoprune.criteria import fingerprint
 from paretoprune.search.evaluation import on_device, one_line
-from paretoprune.search.metrics import device_of, evaluate, evaluating, forward
+from paretoprune.search.metrics import device_of, evaluate, evaluating, forward, to_device
 from paretoprune.search.objectives import MEASURED
 from paretoprune.search.problem import Batch, Metric, Problem
 from paretoprune.surgery import PruningGraph, prune
-from paretoprune.surgery.inputs import has_rows, join_rows
+from paretoprune.surgery.inputs import agree_in_rows, count_rows, has_rows, join_rows
 from paretoprune.surgery.trial_plans import whole_plan
 
 _METRIC = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -125,18 +125,18 @@ def _first(name: str, batches: Iterable[Batch]) -> Batch:
     batch = next(iterator, None)
     if batch is None:
         raise ValueError(f"problem.{name} must have at least one batch, but it is empty.")
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and agree_in_rows(batch[1])):
         raise ValueError(
-            f"a batch of problem.{name} is (inputs, targets) with targets a tensor, but got "
-            f"{_form(batch)}."
+            f"a batch of problem.{name} is (inputs, targets) with targets a tensor, or tensors in "
+            f"a tuple, list or dict, with a row per example, but got {_form(batch)}."
         )
     return batch[0], batch[1]
 
 
-def _form(batch: object) -> str:
-    if isinstance(batch, (tuple, list)):
-        return f"({', '.join(type(part).__name__ for part in batch)})"
-    return type(batch).__name__
+def _form(part: Any) -> str:
+    """Returns how data is nested, with the shapes of tensors."""
+    shown = tree_map(lambda leaf: tuple(getattr(leaf, "shape", ())) or type(leaf), part)
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", str(shown))
 
 
 def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
@@ -149,14 +149,14 @@ def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
                 f"the model does not take a batch of problem.{name}: {error}"
             ) from error
         try:
-            value = problem.loss(outputs, targets.to(device_of(model)))
+            value = problem.loss(outputs, to_device(targets, device_of(model)))
         except Exception as error:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             default = problem.loss is F.cross_entropy
             more = "; give `loss` in a function that returns a Problem" if default else ""
             raise ValueError(
                 f"the loss does not take the model's outputs ({shape}) with the targets "
-                f"({tuple(targets.shape)}) of problem.{name}: {error}{more}"
+                f"({_form(targets)}) of problem.{name}: {error}{more}"
             ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -212,7 +212,7 @@ def check_trainable(problem: Problem, graph: PruningGraph) -> None:
         try:
             with torch.random.fork_rng(devices=cuda):
                 outputs = forward(network, inputs)
-                problem.loss(outputs, targets.to(device)).backward()
+                problem.loss(outputs, to_device(targets, device)).backward()
         except Exception as error:
             raise ValueError(
                 f"{name} cannot be trained: in training mode it raises {type(error).__name__}: "
@@ -224,7 +224,7 @@ def check_trainable(problem: Problem, graph: PruningGraph) -> None:
 def _some(batches: Iterable[Batch]) -> Batch:
     """Returns a batch of at least two examples, where there are: norms take no single one."""
     first = list(itertools.islice(batches, 2))
-    if len(first[0][1]) > 1 or len(first) == 1:
+    if count_rows(first[0][1]) > 1 or len(first) == 1:
         return first[0]
     inputs, targets = join_rows(*first)
     return inputs, targets

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from paretoprune.search.problem import Batch, Metric, Tally
+from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.program import as_call
 
 
@@ -69,7 +70,7 @@ class Measured:
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
     metrics: Mapping[str, Metric] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Returns `loss` (mean per example), for a classifier `accuracy` (top-1), and metrics given.
@@ -81,7 +82,7 @@ def evaluate(
 
     Args:
         model: Evaluated in eval mode and without gradients; left as it was.
-        batches: (inputs, targets) batches; targets have shape (n, ...).
+        batches: (inputs, targets) batches; tensors of targets have shape (n, ...).
         loss: (outputs, targets) -> scalar mean loss of the batch.
         metrics: What else is measured, by name.
 
@@ -94,7 +95,7 @@ def evaluate(
 def evaluate_until(
     model: nn.Module,
     batches: Iterable[Batch],
-    loss: Callable[[Any, Tensor], Tensor],
+    loss: Callable[[Any, Any], Tensor],
     metrics: Mapping[str, Metric],
     stop: Callable[[Sequence[float]], bool],
 ) -> Measured:
@@ -118,13 +119,14 @@ def evaluate_until(
     tallies = {name: _tally(metric, device_of(model)) for name, metric in metrics.items()}
     with evaluating(model), torch.no_grad():
         for inputs, targets in batches:
-            if not len(targets):
+            count = count_rows(targets)
+            if not count:
                 continue
             outputs = forward(model, inputs)
-            targets = targets.to(device_of(model))
+            targets = to_device(targets, device_of(model))
             losses.append(float(loss(outputs, targets)))
-            total += losses[-1] * len(targets)
-            examples += len(targets)
+            total += losses[-1] * count
+            examples += count
             hits = _hits(outputs, targets)
             if hits is None or correct is None:
                 correct = None
@@ -147,16 +149,17 @@ def evaluate_until(
 class _Mean:
     """The mean over examples of what a function returns for batches; a `Tally`."""
 
-    def __init__(self, measure: Callable[[Any, Tensor], Any]) -> None:
+    def __init__(self, measure: Callable[[Any, Any], Any]) -> None:
         self._measure = measure
         self.reset()
 
     def reset(self) -> None:
         self._total, self._examples = 0.0, 0
 
-    def update(self, outputs: Any, targets: Tensor, /) -> None:
-        self._total += float(self._measure(outputs, targets)) * len(targets)
-        self._examples += len(targets)
+    def update(self, outputs: Any, targets: Any, /) -> None:
+        count = count_rows(targets)
+        self._total += float(self._measure(outputs, targets)) * count
+        self._examples += count
 
     def compute(self) -> float:
         return self._total / self._examples
@@ -173,10 +176,12 @@ def _tally(metric: Metric, device: torch.device) -> Tally:
     return tally
 
 
-def _hits(outputs: Any, targets: Tensor) -> tuple[int, int] | None:
+def _hits(outputs: Any, targets: Any) -> tuple[int, int] | None:
     """Returns how many labels are correct, and of how many; None where that has no meaning."""
     outputs = getattr(outputs, "logits", outputs)  # as networks of Hugging Face return them
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or targets.is_floating_point():
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
+    if outputs.dim() < 2 or targets.is_floating_point():
         return None
     if outputs.shape[:1] + outputs.shape[2:] != targets.shape or outputs.shape[1] < 2:
         return None

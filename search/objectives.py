@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from paretoprune.search.metrics import device_of, evaluating, forward
+from paretoprune.search.metrics import device_of, evaluating, forward, to_device
 from paretoprune.search.problem import Batch, Direction, Metric, Objective
 from paretoprune.surgery import Cost
 
@@ -102,7 +102,7 @@ def _worse(direction: Direction, dense: float) -> float:
     return 0.0 if dense < 0 else 2 * dense + (dense == 0)
 
 
-def chance_loss(model: nn.Module, batch: Batch, loss: Callable[[Any, Tensor], Tensor]) -> float:
+def chance_loss(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tensor]) -> float:
     """Returns the loss of outputs that are all 0; for cross-entropy that is the uniform guess.
 
     Args:
@@ -113,4 +113,4 @@ def chance_loss(model: nn.Module, batch: Batch, loss: Callable[[Any, Tensor], Te
     inputs, targets = batch
     with evaluating(model), torch.no_grad():
         outputs = tree_map_only(Tensor, torch.zeros_like, forward(model, inputs))
-        return float(loss(outputs, targets.to(device_of(model))))
+        return float(loss(outputs, to_device(targets, device_of(model))))

@@ -10,8 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Batch = tuple[Any, Tensor]
-"""(inputs, targets); inputs as `surgery.trace` takes them: a tensor, a tuple or a dict."""
+Batch = tuple[Any, Any]
+"""(inputs, targets); inputs as `surgery.trace` takes them: a tensor, a tuple or a dict.
+
+Targets are a tensor, or tensors in a tuple, list or dict, as of several heads. All of both have
+the examples first.
+"""
 
 
 class Epochs(Protocol):
@@ -35,7 +39,7 @@ class Tally(Protocol):
 
     def reset(self) -> object: ...
 
-    def update(self, outputs: Any, targets: Tensor, /) -> object: ...
+    def update(self, outputs: Any, targets: Any, /) -> object: ...
 
     def compute(self) -> Any: ...
 
@@ -51,7 +55,7 @@ class Metric:
         unit: Unit, for people.
     """
 
-    measure: Callable[[Any, Tensor], Any] | Tally
+    measure: Callable[[Any, Any], Any] | Tally
     direction: Direction = Direction.MAXIMIZE
     unit: str = ""
 
@@ -110,7 +114,7 @@ class Problem:
     refit: Iterable[Batch] | None = None
     training: Epochs | None = None
     test: Callable[[], Iterable[Batch]] | None = None
-    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     name: str = "model"
     reference: str | None = None

@@ -21,6 +21,7 @@ from paretoprune.criteria.drafts import drafted, remove_dead_drafts
 from paretoprune.search.metrics import evaluate
 from paretoprune.search.problem import Batch
 from paretoprune.surgery import PruningGraph, PruningPlan, prune
+from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.progress import Progress, silent
 
 BLOCK_IMAGES = 256
@@ -173,7 +174,7 @@ def _first(batches: Iterable[Batch], examples: int) -> list[Batch]:
     taken: list[Batch] = []
     for inputs, targets in batches:
         taken.append((inputs, targets))
-        examples -= len(targets)
+        examples -= count_rows(targets)
         if examples <= 0:
             break
     return taken
@@ -183,7 +184,7 @@ def blocks_by_damage(
     model: nn.Module,
     graph: PruningGraph,
     calibration: Iterable[Batch],
-    loss: Callable[[Any, Tensor], Tensor],
+    loss: Callable[[Any, Any], Tensor],
     progress: Progress = silent,
 ) -> tuple[str, ...]:
     """Returns the removable blocks, the one that costs least loss per MAC saved first.

@@ -9,18 +9,24 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-Batches = Iterable[tuple[Any, Tensor]]
-"""A re-iterable of (inputs, targets) batches."""
+Batches = Iterable[tuple[Any, Any]]
+"""A re-iterable of (inputs, targets): each a tensor, or tuples, lists and dicts of tensors."""
 
 
 def has_rows(leaf: object) -> bool:
-    """Tells whether a part of a network's inputs is a tensor with a dim for the examples."""
+    """Tells whether a part of a batch is a tensor with a dim for the examples."""
     return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
-def count_rows(inputs: Any) -> int:
-    """Returns the number of examples in a network's inputs, the first dim of its first tensor."""
-    return next(len(leaf) for leaf in tree_leaves(inputs) if has_rows(leaf))
+def count_rows(part: Any) -> int:
+    """Returns the number of examples in inputs or targets, the first dim of the first tensor."""
+    return next(len(leaf) for leaf in tree_leaves(part) if has_rows(leaf))
+
+
+def agree_in_rows(part: Any) -> bool:
+    """Tells whether inputs or targets are tensors alone, all of as many examples."""
+    leaves = tree_leaves(part)
+    return all(map(has_rows, leaves)) and len({len(leaf) for leaf in leaves}) == 1
 
 
 def some_rows(batch: Any, start: int, stop: int) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from paretoprune.search import Batch
+from paretoprune.surgery.inputs import count_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -49,5 +50,5 @@ def first_batches(batches: Iterable[Batch], examples: int) -> list[Batch]:
         if examples <= 0:
             break
         taken.append((inputs[:examples], targets[:examples]))
-        examples -= len(targets)
+        examples -= count_rows(targets)
     return taken

@@ -303,9 +303,9 @@ def _parted(batch: Any) -> Any:
     return batch
 
 
-def picked(inputs: Any, indices: Tensor) -> Any:
-    """Returns the examples at `indices` of batched inputs: a tensor, tuple, list or dict."""
-    return tree_map(lambda leaf: leaf[indices] if has_rows(leaf) else leaf, inputs)
+def picked(part: Any, indices: Tensor) -> Any:
+    """Returns the examples at `indices` of inputs or targets: a tensor, tuple, list or dict."""
+    return tree_map(lambda leaf: leaf[indices] if has_rows(leaf) else leaf, part)
 
 
 def first_examples(inputs: Any, number: int) -> Any:

@@ -318,7 +318,7 @@ def _test(
 
     def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
         for inputs, targets in batches:
-            counts.append(len(targets))
+            counts.append(count_rows(targets))
             yield inputs, targets
 
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretoprune.criteria import CRITERIA, select
+from paretoprune.criteria import CRITERIA, SharedCalibration, select
 from paretoprune.surgery import PruningGraph
 from tests.unit.surgery.oracles import call, same, state
 from tests.unit.surgery.specimen import draw
@@ -147,3 +147,28 @@ def test_it_is_a_frozen_value_with_a_summary_and_a_paper(criterion: str) -> None
 def test_the_table_is_read_only() -> None:
     with pytest.raises(TypeError):
         CRITERIA["mine"] = CRITERIA["l2"]  # type: ignore[index]
+
+
+READ_CLASSES = {"consensus", "gaussian_0", "gaussian_1", "gaussian_2"}
+"""Without class labels they take every example for a class of its own."""
+
+
+@every
+def test_targets_may_be_nested(criterion: str) -> None:
+    model, graph = traced("residual")
+    plain = calibration("residual")
+    nested = [
+        (inputs, {"kind": [targets], "more": torch.ones(len(targets))})
+        for inputs, targets in plain
+    ]
+
+    def loss(outputs: Tensor, targets: dict[str, Any]) -> Tensor:
+        return F.cross_entropy(outputs, targets["kind"][0])
+
+    expected = CRITERIA[criterion]()(model, graph, plain)
+    found = CRITERIA[criterion]()(model, graph, SharedCalibration(nested, loss))
+    assert set(found) == set(expected)
+    for group, values in found.items():
+        assert values.isfinite().all()
+        if criterion not in READ_CLASSES:
+            assert torch.equal(values, expected[group])

@@ -380,6 +380,18 @@ def test_mixup_mixes_what_network_and_teacher_see_and_the_losses_of_both_targets
     assert len(weights) == 3, "a weight for every batch"
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_targets_may_be_nested(mixup: float) -> None:
+    settings = Training(epochs=2, learning_rate=0.1, mixup=mixup)
+    nested = [(inputs, {"kind": [targets]}) for inputs, targets in BATCHES]
+    plain = train(network(), BATCHES, settings, loss=F.cross_entropy)
+    found = train(
+        network(), nested, settings, loss=lambda o, targets: F.cross_entropy(o, *targets["kind"])
+    )
+    expected = plain.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+
+
 def test_mixup_is_drawn_alike_every_time_and_needs_floating_point() -> None:
     settings = Training(epochs=2, learning_rate=0.1, mixup=0.4)
     first, second = (train(network(), BATCHES, settings) for _ in range(2))

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from paretoprune.criteria import CRITERIA
-from paretoprune.search import Finetuning, Metric, Problem, search
+from paretoprune.search import Finetuning, Problem, search
 from paretoprune.search.checks import criteria_by_name
-from paretoprune.search.fit import check_problem, check_trainable
 from paretoprune.search.objectives import chance_loss, objectives_of
-from paretoprune.surgery import Cost, trace
+from paretoprune.surgery import Cost
 
 DENSE = Cost(macs=100, params=10)
 
@@ -83,125 +78,6 @@ def test_arguments_are_checked_first(
         search(problem, **values)
 
 
-def once(problem: Problem) -> Any:
-    return iter(list(problem.validation))
-
-
-@pytest.mark.parametrize(
-    ("split", "make", "message"),
-    [
-        ("calibration", lambda p: [], r"problem\.calibration must have at least one batch"),
-        ("validation", once, r"problem\.validation is read many times"),
-        (
-            "calibration",
-            lambda p: [(torch.zeros(2), {"boxes": torch.zeros(2)})],
-            r"with targets a tensor, but got \(Tensor, dict\)",
-        ),
-        ("validation", lambda p: [torch.zeros(2)], r"problem\.validation is \(inputs, targets\)"),
-        ("recalibration", lambda p: [], r"problem\.recalibration must have at least one"),
-        (
-            "validation",
-            lambda p: [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())],
-            r"the model does not take a batch of problem\.validation",
-        ),
-        (
-            "validation",
-            lambda p: [(torch.zeros(2, 1, 8, 8), torch.zeros(3).long())],
-            r"outputs \(\(2, 4\)\) with the targets \(\(3,\)\) of problem\.validation",
-        ),
-        (
-            "validation",
-            lambda p: [(torch.full((2, 1, 8, 8), float("nan")), torch.zeros(2).long())],
-            r"on problem\.validation is nan, and must be finite",
-        ),
-        (
-            "calibration",
-            lambda p: [
-                *p.calibration,
-                (torch.full((2, 1, 8, 8), math.inf), p.validation[0][1][:2]),
-            ],
-            r"inputs of problem\.calibration are not all finite",
-        ),
-        (
-            "calibration",
-            lambda p: [*p.calibration, (torch.zeros(2, 1, 8, 9), torch.zeros(2).long())],
-            r"problem\.calibration has examples of 1x8x8 and of 1x8x9; bring all to the same size",
-        ),
-        (
-            "example_inputs",
-            lambda p: torch.zeros(1, 8, 8),
-            r"have 8x8 and a batch has 1x8x8 as the sizes of one example",
-        ),
-        (
-            "validation",
-            lambda p: DataLoader(TensorDataset(*p.validation[0]), batch_size=8, shuffle=True),
-            r"problem\.validation gives other batches every time it is read",
-        ),
-        (
-            "validation",
-            lambda p: [(inputs, torch.ones(len(inputs), 4)) for inputs, _ in p.validation],
-            r"cross entropy.* are floats that are no probabilities of shape \(\d+, 4\); give `l",
-        ),
-        ("loss", lambda p: lambda o, t: 0.5, r"problem\.loss returns a tensor .*, but got float"),
-        ("loss", lambda p: lambda o, t: o, r"problem\.loss returns a tensor .*, but got shape"),
-        ("model", lambda p: nn.Linear, r"problem\.model is a module, but got a type"),
-        (
-            "metrics",
-            lambda p: {"loss": Metric(lambda o, t: 1.0)},
-            "not as one that is measured anyway .*, but got 'loss'",
-        ),
-        (
-            "metrics",
-            lambda p: {"iou": Metric(lambda o, t: o[:, 9].mean())},
-            r"the metric 'iou' does not take the model's outputs .*: IndexError: index 9",
-        ),
-        (
-            "metrics",
-            lambda p: {"iou": Metric(lambda o, t: math.nan)},
-            "the metric 'iou' of a batch of problem.validation is nan",
-        ),
-    ],
-)
-def test_data_that_does_not_fit_is_named(
-    problem: Problem, split: str, make: Callable[[Problem], Any], message: str
-) -> None:
-    changed: Any = {split: make(problem)}
-    with pytest.raises(ValueError, match=message):
-        check_problem(replace(problem, **changed))
-
-
-def test_what_all_examples_share_is_no_input(problem: Problem) -> None:
-    class Placed(nn.Linear):
-        def forward(self, input: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(input + places)
-
-    batches = [((torch.randn(6, 3), torch.randn(1, 3)), torch.arange(6) % 4)]
-    placed = replace(
-        problem,
-        model=Placed(3, 4),
-        example_inputs=batches[0][0],
-        calibration=batches,
-        validation=batches,
-    )
-    with pytest.raises(ValueError, match="a batch has 1 and 6 of them; what all examples share"):
-        check_problem(placed)
-
-
-def test_one_logit_is_no_class_for_the_cross_entropy(problem: Problem) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
-    batches = [(inputs, 1.0 * targets[:, None]) for inputs, targets in problem.validation]
-    regression = replace(problem, model=model, calibration=batches, validation=batches)
-    with pytest.raises(ValueError, match=r"network returns \(\d+, 1\) .* such as F\.mse_loss"):
-        check_problem(regression)
-    check_problem(replace(regression, loss=F.mse_loss))
-
-
-def test_checks_leave_the_model_in_its_mode(problem: Problem) -> None:
-    problem.model.train()
-    check_problem(problem)
-    assert all(module.training for module in problem.model.modules())
-
-
 def test_criteria_come_by_name_or_as_objects() -> None:
     assert criteria_by_name(["l2", "l1"]) == {"l2": CRITERIA["l2"](), "l1": CRITERIA["l1"]()}
     mine = {"mine": CRITERIA["l1"]()}
@@ -253,60 +129,3 @@ def test_a_loss_without_a_level_of_chance_counts_from_above_the_dense_loss(chanc
 def test_an_objective_that_is_not_measured() -> None:
     with pytest.raises(ValueError, match=r"'accuracy' is not measured .*; measured: loss, macs"):
         objectives_of(("accuracy", "macs"), DENSE, {"loss": 1.0}, 2.0)
-
-
-class OnlyInTraining(nn.Module):
-    """Runs a head in training that evaluation never sees, and may return what it says."""
-
-    def __init__(self, returned: bool) -> None:
-        super().__init__()
-        self.returned = returned
-        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        self.head, self.auxiliary = nn.Linear(8, 4), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Any:
-        features = self.body(x).mean((2, 3))
-        logits = self.head(features)
-        if not self.training:
-            return logits
-        more = self.auxiliary(features)
-        return (logits, more) if self.returned else logits + more
-
-
-def test_norms_are_tried_on_more_than_one_example(problem: Problem, tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    ((inputs, targets), *_) = problem.calibration
-    single = [(inputs[at : at + 1], targets[at : at + 1]) for at in range(8)]
-    mine = replace(problem, model=model.eval(), calibration=single)
-    graph = trace(mine.model, mine.example_inputs)
-    check_trainable(mine, graph)
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        check_trainable(replace(mine, calibration=single[:1]), graph)
-
-
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        (True, "^the network cannot be trained: in training mode it raises TypeError: "),
-        (False, "^the pruned network cannot be trained: in training mode it raises RuntimeError"),
-    ],
-)
-def test_code_that_runs_in_training_alone_is_refused_before_long_work(
-    problem: Problem, tmp_path: Path, returned: bool, message: str
-) -> None:
-    model = OnlyInTraining(returned).eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    mine = replace(problem, model=model)
-    told: list[str] = []
-
-    def progress(step: str, *_counts: int) -> None:
-        told.append(step)
-
-    training = Finetuning(never, epochs=1)
-    with pytest.raises(ValueError, match=message):
-        search(mine, 0.5, 1, workers=0, finetuning=training, run_dir=tmp_path, progress=progress)
-    assert told == ["tracing the network"]
-    assert not model.training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert search(mine, 0.5, 1, workers=0).best is not None  # without training it is no obstacle
