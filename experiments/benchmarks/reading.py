@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torchvision.io import write_jpeg
+from torchvision.transforms.v2.functional import to_pil_image
 
 from paretoprune.experiments.benchmarks.device import described
 from paretoprune.experiments.benchmarks.rows import RESULTS, append
@@ -70,7 +70,7 @@ def write_images(folder: Path, count: int) -> None:
         torch.manual_seed(number)
         coarse = torch.randint(256, (3, -(-375 // _SMOOTH), -(-500 // _SMOOTH)), dtype=torch.uint8)
         fine = coarse.repeat_interleave(_SMOOTH, 1).repeat_interleave(_SMOOTH, 2)[:, :375, :500]
-        write_jpeg(fine, str(folder / "train" / "noise" / f"{number}.jpg"))
+        to_pil_image(fine).save(folder / "train" / "noise" / f"{number}.jpg")
 
 
 def epoch_seconds(source: DatasetSource, readers: int) -> float:

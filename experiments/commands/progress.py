@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paretoprune.experiments.commands.stages import Stages, clock_time
-from paretoprune.experiments.showing.tables import front_table, quality
+from paretoprune.experiments.showing.tables import front_table, quality, quality_of
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import (
@@ -228,9 +228,8 @@ class SearchProgress:
         facts.add_row("trials", bar, f"{count}  {self._pace(view)}")
         lines: list[RenderableType] = [Text(self._opening(view), style="bold"), facts]
         if view.best is not None:
-            dense = view.dense_metrics.get("accuracy")
-            beside = "" if dense is None else f" (dense {format_percent(dense, 2)})"
-            lines.append(Text(f"best    trial {_best(view, view.best)}{beside}"))
+            _, dense = quality(view.dense_metrics, view.objectives[0].name)
+            lines.append(Text(f"best    trial {_best(view, view.best)} (dense {dense})"))
         lines += [
             Text(f"        {number} x {reason}", style="yellow")
             for reason, number in reasons(view.records).items()
@@ -254,4 +253,4 @@ def _reason(record: Record) -> str | None:
 
 def _best(view: SearchView, best: Record) -> str:
     share = format_percent(view.row(best).macs_ratio)
-    return f"{best.number}: {quality(best)} at {share} of the MACs"
+    return f"{best.number}: {quality_of(best, view.objectives[0].name)} at {share} of the MACs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paretoprune.experiments.showing.tables import Row, pruning_ratios, quality
+from paretoprune.experiments.showing.tables import Row, pruning_ratios, quality, quality_of
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.units import format_count, format_percent
 from paretoprune.search import Direction, Failed, Infeasible, Stopped
@@ -12,13 +12,12 @@ def headline(view: SearchView) -> str:
     """Returns one sentence: the best member of the front beside the dense network."""
     if not view.front_rows:
         return f"{view.name}: no completed trial yet."
-    row, metrics = view.row(view.shown), view.dense_metrics
-    accuracy = metrics.get("accuracy")
-    dense = f"{metrics['loss']:.4f}" if accuracy is None else format_percent(accuracy, 2)
+    row, ranked_by = view.row(view.shown), view.objectives[0].name
+    _, dense = quality(view.dense_metrics, ranked_by)
     return (
         f"{view.name}: trial {row.trial} keeps {format_percent(row.macs_ratio)} of the MACs "
-        f"({format_count(row.macs)} of {format_count(view.dense.macs)}), {quality(view.shown)} "
-        f"(dense {dense}) on the search split."
+        f"({format_count(row.macs)} of {format_count(view.dense.macs)}), "
+        f"{quality_of(view.shown, ranked_by)} (dense {dense}) on the search split."
     )
 
 

@@ -278,15 +278,29 @@ def kept_units(
     }
 
 
-def quality(record: Record) -> str:
-    """Returns the accuracy of the network that is handed out, or its loss where it has none."""
-    measured, when = record.handed_out, ""
+def quality(metrics: Mapping[str, float], ranked_by: str) -> tuple[str, str]:
+    """Returns the name and the value of what tells people most of how good a network is.
+
+    That is what ranks, where it is a metric of the problem's own; else accuracy, or loss.
+
+    Args:
+        metrics: What was measured of it.
+        ranked_by: Name of the first objective.
+    """
+    if ranked_by in own_metrics(metrics):
+        return ranked_by, f"{metrics[ranked_by]:.4g}"
+    if "accuracy" in metrics:
+        return "accuracy", format_percent(metrics["accuracy"], 2)
+    return "loss", f"{metrics['loss']:.4f}"
+
+
+def quality_of(record: Record, ranked_by: str) -> str:
+    """Returns the quality of the network that a record hands out, in words."""
+    when = ""
     if record.finetuned_metrics:
         taken = record.finetuning_taken
         when = " after fine-tuning" if taken else " before fine-tuning (worse after it)"
-    if "accuracy" in measured:
-        return f"accuracy {format_percent(measured['accuracy'], 2)}{when}"
-    return f"loss {measured['loss']:.4f}{when}"
+    return f"{' '.join(quality(record.handed_out, ranked_by))}{when}"
 
 
 def _finetuned(row: Row) -> str:

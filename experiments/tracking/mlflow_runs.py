@@ -35,6 +35,7 @@ from paretoprune.experiments.tracking.trial_facts import (
     tags_of,
 )
 from paretoprune.search import Completed, Failed, ParetoFront, Record, Stopped
+from paretoprune.search.objectives import own_metrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -223,7 +224,7 @@ class SearchRuns:
             assert isinstance(best, Completed)
             metrics += [
                 Metric(f"best_{name}", round(best.metrics[name], 4), now, hypervolumes[-1][0])
-                for name in ("loss", "accuracy", "latency")
+                for name in ("loss", "accuracy", "latency", *own_metrics(best.metrics))
                 if name in best.metrics
             ]
         _log_metrics(self._client, self._parent, metrics)

@@ -14,6 +14,7 @@ from paretoprune.experiments.showing.tables import (
 )
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.search import Completed, Failed, Infeasible, Record
+from paretoprune.search.objectives import own_metrics
 
 
 def run_name(record: Record, view: SearchView) -> str:
@@ -23,6 +24,9 @@ def run_name(record: Record, view: SearchView) -> str:
         return f"{name} {outcome_word(record)}"
     metrics = record.outcome.metrics
     share = f"{100 * metrics['macs'] / view.dense.macs:.1f}%"
+    ranked_by = view.objectives[0].name
+    if ranked_by in own_metrics(metrics):
+        return f"{name} {ranked_by} {metrics[ranked_by]:.3g} @ {share}"
     if "accuracy" in metrics:
         return f"{name} {100 * metrics['accuracy']:.1f}% @ {share}"
     return f"{name} loss {metrics['loss']:.3f} @ {share}"

@@ -18,7 +18,8 @@ from paretoprune.experiments.commands.progress import (
 from paretoprune.experiments.commands.stages import Stages, clock_time
 from paretoprune.experiments.showing.summary import headline
 from paretoprune.experiments.showing.view import SearchView
-from paretoprune.search import Completed, ParetoFront
+from paretoprune.experiments.tracking.trial_facts import run_name
+from paretoprune.search import Completed, Direction, Objective, ParetoFront
 from paretoprune.search.record import LAYER, reasons
 from tests.unit.experiments.infos import info_of
 
@@ -105,6 +106,24 @@ def test_loss_is_that_of_the_network_that_is_handed_out(made_up: type[MadeUp]) -
     assert ", loss 0.2000 after fine-tuning (dense 0.1000)" in headline(
         replace(view, dense_metrics={"loss": 0.1})
     )
+
+
+def test_a_metric_that_ranks_is_named_first(made_up: type[MadeUp]) -> None:
+    record = made_up.completed(0, 0.6, 500_000)
+    assert isinstance(record.outcome, Completed)
+    record = replace(record, outcome=Completed({**record.outcome.metrics, "miou": 0.6123}, 1.0))
+    iou = Objective("miou", Direction.MAXIMIZE, "", 0.0)
+    view = made_up.view(record)
+    view = replace(
+        view,
+        objectives=(iou, *view.objectives[1:]),
+        dense_metrics={**view.dense_metrics, "miou": 0.7},
+    )
+    target, out = console(terminal=False, width=200)
+    play(SearchProgress(target), view)
+    assert "best trial 0: miou 0.6123 at 50.0 % of" in out.getvalue().splitlines()[-1]
+    assert ", miou 0.6123 (dense 0.7) on the search split" in headline(view)
+    assert run_name(record, view) == "t000 miou 0.612 @ 50.0%"
 
 
 def test_a_failure_that_repeats_is_said_once(view: SearchView) -> None:
