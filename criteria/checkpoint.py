@@ -90,6 +90,7 @@ class Checkpoint:
             if name.startswith(_OPTIMIZER):
                 key, parameter = name.removeprefix(_OPTIMIZER).split("/", 1)
                 owner = parameters[parameter]
-                place = value.device if key == _STEP else owner.device
-                optimizer.state[owner][key] = value.to(place)
+                if key != _STEP:  # which stays on the CPU; others are laid out as what they are of
+                    value = torch.empty_like(owner, dtype=value.dtype).copy_(value)
+                optimizer.state[owner][key] = value
         return int(noted["epochs"])

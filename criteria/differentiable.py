@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from paretoprune.surgery.program import (
     shared_copy,
 )
 
+_RECURRENT = {"gru", "lstm", "rnn_relu", "rnn_tanh"}
 Change = Callable[[Node, Values], Tensor | None]
 """Called after every operator; what it returns, if anything, takes the place of the value."""
 
@@ -94,7 +96,7 @@ def run(
     values: Values = {}
     batch = 0
     # the fused attention kernels have no second derivative
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_cudnn(graph):
         for node in graph.program.nodes.values():
             if node.kind == "input":
                 values[node.name] = next(given)
@@ -111,3 +113,16 @@ def run(
                 if after is not None and (changed := after(node, values)) is not None:
                     values[node.name] = changed
     return values
+
+
+@contextmanager
+def _without_cudnn(graph: PruningGraph) -> Iterator[None]:
+    """Keeps recurrent layers from cuDNN, whose gradients are for training mode alone."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    recurrent = any(node.operator in _RECURRENT for node in graph.program.nodes.values())
+    cudnn.enabled = before and not recurrent
+    try:
+        yield
+    finally:
+        cudnn.enabled = before

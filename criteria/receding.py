@@ -35,12 +35,11 @@ from paretoprune.criteria import fingerprint
 from paretoprune.criteria.base import Calibration, CostClass
 from paretoprune.criteria.bn_scale import BnScale
 from paretoprune.criteria.checkpoint import Checkpoint
-from paretoprune.criteria.precision import mixed_precision
+from paretoprune.criteria.precision import in_mixed_precision
 from paretoprune.criteria.shared import SharedCalibration
-from paretoprune.criteria.statistics import Loss
+from paretoprune.criteria.statistics import Loss, loss_on
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.inputs import count_rows
-from paretoprune.surgery.program import as_call
 from paretoprune.surgery.progress import Lines, silent
 
 _ROOM = 0.95  # the largest scale of a converted norm: sigmoid(gamma) reaches 1 nowhere
@@ -274,13 +273,12 @@ def _epoch(
     """Trains for an epoch and returns the mean loss; one that has passed is only read."""
     total, examples = 0.0, 0
     device = next(network.parameters()).device
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device))
+    loss = loss_on(loss, device)
     for inputs, targets in batches:
         if passed:  # so that batches drawn at random go on where they were
             continue
-        args, kwargs = as_call(inputs)
-        with torch.enable_grad(), mixed:
-            value = loss(network(*args, **kwargs), targets)
+        with torch.enable_grad():
+            value = loss(in_mixed_precision(network, inputs, device), targets)
             penalty = torch.stack([receding_penalty(g, settings.offset) for g in gammas(network)])
             optimizer.zero_grad()
             (value + settings.strength * penalty.sum()).backward()

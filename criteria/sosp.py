@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 from paretoprune.criteria.base import Calibration, CostClass
 from paretoprune.criteria.differentiable import Outputs, leaves_of, run
 from paretoprune.criteria.shared import SharedCalibration
+from paretoprune.criteria.statistics import loss_on
 from paretoprune.criteria.units import Units
 from paretoprune.surgery import PruningGraph
 from paretoprune.surgery.execute import Values
@@ -198,7 +199,7 @@ def _loss_hessian(calibration: SharedCalibration, outputs: Tensor, targets: Any)
     with torch.enable_grad():
         leaf = outputs.double().requires_grad_()
         goal = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, targets)
-        loss = calibration.loss(leaf, goal)
+        loss = loss_on(calibration.loss, leaf.device, leaf.dtype)(leaf, goal)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         rows = [
             torch.autograd.grad(column.sum(), leaf, retain_graph=True)[0].reshape(len(outputs), -1)

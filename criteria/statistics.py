@@ -11,6 +11,7 @@ own zeroed; g the gradient and H the Hessian of the mean loss; w one parameter.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,11 @@ _ACTIVATIONS = {
 }
 _AT_ONCE = 32  # examples; more take more memory and, on a CPU, up to three times as long
 _ELEMENTWISE = {"dropout", "feature_dropout", "clone", "contiguous", "alias", "detach"}
+
+
+def loss_on(loss: Loss, device: torch.device, dtype: torch.dtype | None = None) -> Loss:
+    """Returns a loss on a device: of a module with tensors, such as class weights, a copy."""
+    return copy.deepcopy(loss).to(device, dtype) if isinstance(loss, nn.Module) else loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class _Gathering:
     """Sums over the batches so far."""
 
     def __init__(self, model: nn.Module, graph: PruningGraph, loss: Loss, curvature: bool) -> None:
-        self._model, self._graph, self._loss = model, graph, loss
+        self._model, self._graph = model, graph
         self._leaves, self._tensors = leaves_of(model)
         self._units = Units(graph)
         self._activated = activation_units(graph)
@@ -115,6 +121,7 @@ class _Gathering:
         }
         first = next(iter(self._leaves.values()), torch.zeros(0))
         device, self._dtype = first.device, first.dtype
+        self._loss = loss_on(loss, device)
         self._vectors = {
             name: torch.zeros(self._units.count, dtype=torch.float64, device=device)
             for name in ("changes", "fisher", "leaks", "curvature")

@@ -13,6 +13,7 @@ from torch import nn
 from paretoprune.criteria import UNBOUNDED, Bounds, Criterion, SharedCalibration, select
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.evaluation import Moved, on_device
+from paretoprune.search.latency import wait
 from paretoprune.search.layout import channels_last
 from paretoprune.search.metrics import device_of
 from paretoprune.search.problem import Batch
@@ -154,6 +155,7 @@ class Comparison:
                     for recovery in recoveries:
                         start = time.perf_counter()
                         network = self.network(plan, recovery)
+                        wait()
                         seconds = time.perf_counter() - start
                         network = channels_last(network, self.graph)
                         measured = evaluate(network, split, self.problem.loss)

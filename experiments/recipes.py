@@ -203,7 +203,7 @@ def _from_function(
             f"{type(made).__name__}."
         )
     _check_rebuilt(reference, required(function) - set(arguments))
-    model = made.eval()
+    model = made.cpu().eval()  # a search moves it where it computes
     if weights is not None and not accepts(function, "weights"):
         load_weights(model, weights)
     opened = opened or _opened(reference, data, seed)

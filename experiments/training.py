@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_map_only
 
 from paretoprune.criteria import fingerprint
 from paretoprune.criteria.checkpoint import Checkpoint
-from paretoprune.criteria.precision import mixed_precision
+from paretoprune.criteria.precision import in_mixed_precision
+from paretoprune.criteria.statistics import loss_on
 from paretoprune.experiments.data.sources import picked
-from paretoprune.search.metrics import device_of, forward, to_device
+from paretoprune.search.metrics import device_of, to_device
 from paretoprune.search.problem import Batch, Epochs
 from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.progress import Lines, silent
@@ -127,7 +128,8 @@ def train(
 
     On one device and with the same number of threads, the result depends on the arguments alone;
     a training that was broken off and goes on from its checkpoint ends as it would have without a
-    break. Where the device multiplies in bfloat16 (`criteria.precision`), autocast does. Weights
+    break. On a GPU that holds as far as its kernels add in a fixed order, which those of cuDNN are
+    told to do; the gradients of some poolings and interpolations have none. Where the device multiplies in bfloat16 (`criteria.precision`), autocast does. Weights
     stay in the layout that they have: lay them out channels last before.
 
     Args:
@@ -158,7 +160,8 @@ def train(
             "`draws` needs batches with a method `epoch(number)`, but got a "
             f"{type(batches).__name__}."
         )
-    run = _Run(model, training, _loss(training, loss, teacher), penalty, len(batches))
+    own = None if loss is None else loss_on(loss, device_of(model))
+    run = _Run(model, training, _loss(training, own, teacher), penalty, len(batches))
     kept = None
     if checkpoint is not None:
         given = (training, loss, penalty, teacher, len(batches))
@@ -238,9 +241,10 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._training.learning_rate * self._rate(step)
             count = count_rows(targets)
+            inputs, targets = to_device((inputs, targets), self.device)
             seen = _seen(inputs, (draw, position), self._training.mixup, count)
-            outputs = _in_mixed_precision(self._network, seen.inputs, self.device)
-            value = self._loss(seen, outputs, to_device(targets, self.device))
+            outputs = in_mixed_precision(self._network, seen.inputs, self.device)
+            value = self._loss(seen, outputs, targets)
             if self._penalty is not None:
                 value = value + self._penalty(self._network)
             self.optimizer.zero_grad()
@@ -265,18 +269,6 @@ class _Run:
         network = self._network if self._average is None else self._average.module
         network.zero_grad()
         return network.eval()
-
-
-def _in_mixed_precision(network: nn.Module, inputs: Any, device: torch.device) -> Any:
-    """Returns the outputs of a network, computed in bfloat16 where the device can.
-
-    They are float32: some losses are undefined under autocast, and a sum in bfloat16 is coarse.
-    """
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device)):
-        outputs = forward(network, inputs)
-    return tree_map_only(
-        Tensor, lambda leaf: leaf.float() if leaf.dtype is torch.bfloat16 else leaf, outputs
-    )
 
 
 class _Seen(NamedTuple):
@@ -335,7 +327,7 @@ def _loss(
         taught = kept.get(seen.key)
         if taught is None:
             with torch.no_grad():
-                taught = _in_mixed_precision(wise, seen.inputs, device_of(wise))
+                taught = in_mixed_precision(wise, seen.inputs, device_of(wise))
             if 0 < training.draws < training.epochs:  # else no batch comes again
                 kept[seen.key] = taught
         value = weight * distillation_loss(outputs, taught, training.temperature)
@@ -376,8 +368,11 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
 def _repeatable(device: torch.device) -> Iterator[None]:
     """Leaves torch's generators as they were, and takes kernels that add in a fixed order."""
     cuda = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=cuda),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-    ):
-        yield
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    with torch.random.fork_rng(devices=cuda):
+        cudnn.benchmark, cudnn.deterministic = False, True  # `flags` would change TF32, too
+        try:
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before

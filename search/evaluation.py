@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,9 +24,11 @@ from paretoprune.search.problem import Batch, Problem
 from paretoprune.search.racing import dominated, estimated
 from paretoprune.search.record import Completed, Failed, Outcome, Stopped
 from paretoprune.surgery import PruningGraph, PruningPlan, Reconstructor, prune
+from paretoprune.surgery.copying import copied
 from paretoprune.surgery.inputs import gather_inputs
 from paretoprune.surgery.progress import Parts
 
+_LOG = logging.getLogger(__name__)
 TIMED_SECONDS = 1.0
 """Time spent on the latency of a candidate and the dense network, at least ten passes each."""
 SIMILAR_IMAGES = 512
@@ -35,6 +37,8 @@ FINAL_IMAGES = 4000
 """Examples on which the network that is handed out is reconstructed, at most."""
 FINAL_SAMPLES = 65536
 """Output positions per layer of that reconstruction, at most."""
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+"""What errors of torch's CPU allocator, the CUDA driver, cuBLAS and cuDNN say without memory."""
 Evaluate = Callable[..., Mapping[str, float] | Completed | Stopped]
 """(plan, seed) -> metrics, among them every objective and `macs`; picklable, to reach workers.
 
@@ -47,18 +51,28 @@ def attempt(evaluate: Evaluate, plan: PruningPlan, seed: int) -> Outcome:
     """Returns the outcome of an evaluation.
 
     The only place where errors are caught: one candidate that goes wrong must not end the search.
+    Its traceback is logged, which a worker of Ray keeps.
+
+    Raises:
+        torch.AcceleratorError: If the GPU was used wrongly, as by an index out of range: it then
+            refuses whatever this process asks of it.
     """
     start = time.perf_counter()
+    outcome: Outcome
     try:
         measured = evaluate(plan, seed)
     except Exception as error:
-        failed = Failed(one_line(error), "memory" if _out_of_memory(error) else "error")
+        memory = _out_of_memory(error)
+        if isinstance(error, torch.AcceleratorError) and not memory:
+            raise
+        _LOG.debug("an evaluation failed", exc_info=True)
+        outcome = Failed(one_line(error), "memory" if memory else "error")
     else:
         if not isinstance(measured, (Completed, Stopped)):
             measured = Completed(measured, 0.0)
-        return _finite(replace(measured, seconds=time.perf_counter() - start))
-    give_back_memory()  # only here, where the error no longer holds what was allocated
-    return failed
+        outcome = _finite(replace(measured, seconds=time.perf_counter() - start))
+    give_back_memory()  # here, where neither networks nor an error hold what was allocated
+    return outcome
 
 
 def _finite(outcome: Completed | Stopped) -> Outcome:
@@ -69,9 +83,9 @@ def _finite(outcome: Completed | Stopped) -> Outcome:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Returns whether the machine or the GPU had no more; torch's CPU allocator has no class."""
+    """Returns whether the machine or the GPU had no more; few that say so have a class."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
     )
 
 
@@ -79,7 +93,7 @@ def on_device(model: nn.Module) -> nn.Module:
     """Returns `model` on the GPU where there is one: itself if it is there, else a copy."""
     if not torch.cuda.is_available() or device_of(model).type == "cuda":
         return model
-    return copy.deepcopy(model).to("cuda")
+    return copied(model, {}).to("cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +175,6 @@ class Evaluator:
         if self._similarity:
             inputs, dense = self._features or self._dense_features()
             metrics["cka"] = cka_to_dense(small, plan, self._graph, inputs, dense)
-        del small
-        give_back_memory()
         cost = self._graph.cost(plan)
         costs = {"macs": float(cost.macs), "params": float(cost.params)}
         if not measured.whole:

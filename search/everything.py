@@ -36,7 +36,7 @@ from paretoprune.criteria.blocks import inner_units
 from paretoprune.criteria.cka import cka_to_dense
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.errors import SearchStuck
-from paretoprune.search.evaluation import Moved, give_back_memory, on_device
+from paretoprune.search.evaluation import Moved, on_device
 from paretoprune.search.finetuning import Finetuning, forget_training, train_and_keep
 from paretoprune.search.ledger import Ledger, Task, key_of
 from paretoprune.search.metrics import device_of, evaluate
@@ -127,8 +127,6 @@ class CandidateStep:
             small, self.problem.validation, self.problem.loss, self.problem.metrics
         )
         measured[SIMILARITY] = self._similarity(large, before, small, plan)
-        del small, large
-        give_back_memory()
         cost = self.graph.cost(plan)
         return {**measured, "macs": cost.macs, "params": cost.params}
 

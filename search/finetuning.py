@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import nn
 
-from paretoprune.search.evaluation import Evaluator, on_device
+from paretoprune.search.evaluation import Evaluator, give_back_memory, on_device
 from paretoprune.search.front import no_worse
 from paretoprune.search.layout import channels_last
 from paretoprune.search.ledger import Ledger, Task, key_of
@@ -110,6 +110,7 @@ def train_and_keep(
     """
     if not weights.whole(plan, _start(kind)):
         weights.write(begin(), plan, _start(kind))
+        give_back_memory()  # training takes other shapes of it
     # read back even the first time: a resumed training must begin at the same bits and layout
     network = _begun(problem, graph, plan, weights, kind)
     checkpoint = weights.file(plan, kind).with_suffix(".part")

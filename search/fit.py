@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from paretoprune.criteria import fingerprint
+from paretoprune.criteria.precision import in_mixed_precision
+from paretoprune.criteria.statistics import loss_on
 from paretoprune.search.evaluation import on_device, one_line
 from paretoprune.search.metrics import device_of, evaluate, evaluating, forward, to_device
 from paretoprune.search.objectives import MEASURED
@@ -38,6 +41,7 @@ def check_problem(problem: Problem) -> None:
     """
     if not isinstance(problem.model, nn.Module):
         raise ValueError(f"problem.model is a module, but got a {type(problem.model).__name__}.")
+    problem = replace(problem, model=on_device(problem.model))  # loss and metrics may not follow
     for name in ("calibration", "validation", "recalibration", "refit"):
         batches = getattr(problem, name)
         if batches is not None:
@@ -149,7 +153,8 @@ def _check_batch(problem: Problem, name: str, batch: Batch) -> None:
                 f"the model does not take a batch of problem.{name}: {error}"
             ) from error
         try:
-            value = problem.loss(outputs, to_device(targets, device_of(model)))
+            loss = loss_on(problem.loss, device_of(model))
+            value = loss(outputs, to_device(targets, device_of(model)))
         except Exception as error:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             default = problem.loss is F.cross_entropy
@@ -211,8 +216,8 @@ def check_trainable(problem: Problem, graph: PruningGraph) -> None:
         cuda = [device] if device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=cuda):
-                outputs = forward(network, inputs)
-                problem.loss(outputs, to_device(targets, device)).backward()
+                outputs = in_mixed_precision(network, to_device(inputs, device), device)
+                loss_on(problem.loss, device)(outputs, to_device(targets, device)).backward()
         except Exception as error:
             raise ValueError(
                 f"{name} cannot be trained: in training mode it raises {type(error).__name__}: "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paretoprune.search.metrics import evaluating, forward
+from paretoprune.search.metrics import device_of, evaluating, forward, to_device
 
 _WARM_UP = 5
 
@@ -51,6 +51,7 @@ def measure_latency(
         inputs: A tensor, tuple of arguments or dict of keyword arguments.
         seconds: See `time_in_turns`.
     """
+    inputs = to_device(inputs, device_of(models[0]))  # once: the way there is no part of a pass
     with ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
@@ -92,14 +93,15 @@ def one_thread() -> Iterator[None]:
 
 def seconds_of(run: Callable[[], object]) -> float:
     """Returns the wall time of a call, what it left running on a GPU included."""
-    _wait()
+    wait()
     start = time.perf_counter()
     run()
-    _wait()
+    wait()
     return time.perf_counter() - start
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Waits for what is left running on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

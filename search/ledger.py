@@ -77,9 +77,12 @@ class Ledger:
 
     Attributes:
         folder: Created when the first outcome is written.
+        run: What tells the run apart from others; outcomes of another are not taken. On a node
+            without shared storage the folder of an earlier run of the same name may be left.
     """
 
     folder: Path
+    run: str = ""
 
     def evaluate(self, evaluate: Evaluate, task: Task) -> Outcome:
         """Returns the outcome of a task, from the ledger where it is there."""
@@ -98,8 +101,9 @@ class Ledger:
     def read(self, key: str) -> Outcome | None:
         """Returns the outcome of a plan; None if it is not there whole."""
         try:
-            return outcome_from_json(json.loads((self.folder / f"{key}.json").read_text()))
-        except (OSError, ValueError):
+            data = json.loads((self.folder / f"{key}.json").read_text())
+            return outcome_from_json(data) if data["run"] == self.run else None
+        except (OSError, ValueError, LookupError, TypeError):
             return None
 
     def forget(self, key: str) -> None:
@@ -110,4 +114,4 @@ class Ledger:
         """Writes an outcome whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with drafted(self.folder / f"{key}.json") as draft:
-            draft.write_text(json.dumps(outcome_to_json(outcome)))
+            draft.write_text(json.dumps({**outcome_to_json(outcome), "run": self.run}))

@@ -175,7 +175,8 @@ def search(
 
         def on_worker() -> float:
             worker = _executor(workers, address, gpus_per_trial, None, 1)
-            return dense_latency(problem, worker, Ledger(folder.resolve() / DENSE), seed)
+            kept = Ledger(folder.resolve() / DENSE, study.run)
+            return dense_latency(problem, worker, kept, seed)
 
         run = Stages(
             problem, request, folder, study, sampler, seed, finetuning, progress, on_worker

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from paretoprune.criteria.statistics import loss_on
 from paretoprune.search.problem import Batch, Metric, Tally
 from paretoprune.surgery.inputs import count_rows
 from paretoprune.surgery.program import as_call
@@ -116,6 +117,7 @@ def evaluate_until(
     losses: list[float] = []
     whole = True
     correct: int | None = 0
+    loss = loss_on(loss, device_of(model))
     tallies = {name: _tally(metric, device_of(model)) for name, metric in metrics.items()}
     with evaluating(model), torch.no_grad():
         for inputs, targets in batches:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from paretoprune.criteria.statistics import loss_on
 from paretoprune.search.metrics import device_of, evaluating, forward, to_device
 from paretoprune.search.problem import Batch, Direction, Metric, Objective
 from paretoprune.surgery import Cost
@@ -110,7 +111,7 @@ def chance_loss(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tenso
         batch: (inputs, targets).
         loss: (outputs, targets) -> scalar mean loss.
     """
-    inputs, targets = batch
+    (inputs, targets), device = batch, device_of(model)
     with evaluating(model), torch.no_grad():
         outputs = tree_map_only(Tensor, torch.zeros_like, forward(model, inputs))
-        return float(loss(outputs, to_device(targets, device_of(model))))
+        return float(loss_on(loss, device)(outputs, to_device(targets, device)))

@@ -13,7 +13,7 @@ from paretoprune.criteria import UNBOUNDED, Bounds, Criterion, SharedCalibration
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import check_reachable
 from paretoprune.search.damage import DamageModel
-from paretoprune.search.evaluation import Moved, on_device
+from paretoprune.search.evaluation import Moved, give_back_memory, on_device
 from paretoprune.search.fit import check_trainable
 from paretoprune.search.listener import SearchInfo
 from paretoprune.search.metrics import device_of, evaluate
@@ -136,6 +136,7 @@ def prepare(
     timed = dense_latency if "latency" in request.objectives else None
     info = _info(problem, model, graph, space.to_json(), request, study, progress, timed)
     study.note("blocks", list(blocks))
+    give_back_memory()
     return Prepared(graph, scores.units, space, info)
 
 
@@ -171,7 +172,9 @@ def prepare_steps(
         "recovery": recovery,
         "bounds": request.bounds.to_json(),
     }
-    return graph, _info(problem, on_device(problem.model), graph, space, request, study, progress)
+    info = _info(problem, on_device(problem.model), graph, space, request, study, progress)
+    give_back_memory()
+    return graph, info
 
 
 def _traced(problem: Problem, request: Request, progress: Progress) -> tuple[PruningGraph, int]:

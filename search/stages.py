@@ -71,7 +71,7 @@ class Stages:
     dense_latency: Callable[[], float]
 
     def _ledger(self, name: str) -> Ledger:
-        return Ledger(self.folder.resolve() / name)
+        return Ledger(self.folder.resolve() / name, self.study.run)
 
     def trials(self) -> tuple[SearchInfo, TrialsOf]:
         """Returns the trials that a sampler decides."""

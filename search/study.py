@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -187,6 +188,14 @@ class Study:
     def note(self, key: str, value: Any) -> None:
         """Notes a JSON value about the search as a whole."""
         self._study.set_user_attr(key, value)
+
+    @property
+    def run(self) -> str:
+        """What tells this search apart from all others, drawn when it is asked for first."""
+        if "run" not in self.notes:
+            self.note("run", secrets.token_hex(8))
+        drawn: str = self.notes["run"]
+        return drawn
 
     def records(self) -> list[Record]:
         """Returns the record of every finished trial, in the order of their numbers."""

@@ -13,8 +13,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,15 +30,19 @@ from ray.tune.search import Searcher as TuneSearcher
 
 from paretoprune.search.deadline import deadline
 from paretoprune.search.errors import WorkersFailed
-from paretoprune.search.evaluation import Evaluate, one_line
+from paretoprune.search.evaluation import Evaluate, attempt, one_line
 from paretoprune.search.ledger import Ledger, Task
 from paretoprune.search.record import Failed, outcome_from_json, outcome_to_json
 from paretoprune.search.searcher import Tasks
 
 T = TypeVar("T")
+_Node = tuple[int, float]
+"""Cores and GPUs."""
 
 _RETRIES = 2  # of an evaluation whose worker died
 _PER_GPU = 4  # workers that share a GPU by default
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Where a container finds the core time that it may use in a period, and the period."""
 _SESSION = "_get_ray_train_session_dir"  # where Tune looks for the folder of a local Ray
 _PACKAGES = ("criteria", "experiments", "search", "surgery")
 _ENVIRONMENT = {
@@ -84,7 +88,7 @@ class RayWorkers:
             _connection(self.address, self.workers),
             _scratch() as folder,
         ):
-            share = _share(self.workers, self.gpus, self.most)
+            share = _share(_nodes(), self.workers, self.gpus, self.most)
             search = _TuneSearch(tasks, share.workers)
             with search.own_errors():
                 tune.run(
@@ -92,7 +96,7 @@ class RayWorkers:
                         _Worker,
                         evaluate=evaluate,
                         ledger=ledger,
-                        threads=share.cores,
+                        share=share,
                         seconds=self.seconds,
                     ),
                     name="search",
@@ -114,7 +118,11 @@ class _Worker(tune.Trainable):
     """One actor; evaluates a task per trial and is reused for the next."""
 
     def setup(self, config: dict[str, Any], **parameters: Any) -> None:
-        torch.set_num_threads(parameters["threads"])
+        share: _Share = parameters["share"]
+        torch.set_num_threads(share.cores)
+        if not share.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible
+        _log_errors()
         self._evaluate: Evaluate = parameters["evaluate"]
         self._ledger: Ledger = parameters["ledger"]
         self._seconds: float | None = parameters["seconds"]
@@ -138,6 +146,14 @@ class _Worker(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to load."""
+
+
+def _log_errors() -> None:
+    """Writes the tracebacks of failed evaluations to the log that Ray keeps of this worker."""
+    logger = logging.getLogger(attempt.__module__)
+    logger.setLevel(logging.DEBUG)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 class _TuneSearch(TuneSearcher):
@@ -236,38 +252,62 @@ class _Failures(tune.Callback):
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What each worker gets: cores (= torch threads) and a fraction of a GPU."""
+    """How many workers there are, and what each gets: cores (= torch threads) and GPUs."""
 
     workers: int
     cores: int
     gpus: float
 
 
-def _share(workers: int | None, wanted: float | None, tasks: int | None = None) -> _Share:
-    """Returns the share of the cluster that each worker gets.
+def _nodes() -> list[_Node]:
+    """Returns what the nodes of the cluster have."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(node.get("CPU", 0)), node.get("GPU", 0.0)) for node in found]
+
+
+def _share(
+    nodes: Sequence[_Node], workers: int | None, wanted: float | None, tasks: int | None = None
+) -> _Share:
+    """Returns what each worker gets: as many cores as still let all of them run at a time.
+
+    Args:
+        nodes: Of the cluster.
+        workers: How many there are to be; None takes as many as fit.
+        wanted: GPUs of each; None lets up to four share one.
+        tasks: That there are at a time; None for more than workers.
 
     Raises:
-        ValueError: If no node has the GPUs that are wanted for each.
+        ValueError: If no node has the GPUs that are wanted for each, or cores beside them.
     """
-    resources = ray.cluster_resources()
-    cores, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = max(node.get("GPU", 0.0) for node in nodes)
+    most = max(gpus for _, gpus in nodes)
     if wanted is not None and wanted > most:
         raise ValueError(
             f"every trial is to have {wanted:g} GPUs, but the node with most has {most:g}."
         )
-    if wanted:
-        fits = sum(_fitting(node.get("GPU", 0.0), wanted) for node in nodes)
-    else:
-        fits = int(gpus) * _PER_GPU if wanted is None and gpus else cores
-    workers = workers or max(1, min(cores, fits))
+
+    def room(threads: int, each: float) -> int:
+        return sum(
+            min(cores // threads, _fitting(gpus, each)) if each else cores // threads
+            for cores, gpus in nodes
+        )
+
+    each = wanted if wanted is not None else 1 / _PER_GPU if most else 0.0
+    if not room(1, each):
+        raise ValueError(
+            "a trial needs a core and, where the cluster has GPUs, a share of one on the same "
+            f"node, but its nodes have {' and '.join(f'{c} cores with {g:g}' for c, g in nodes)} "
+            "GPUs; give --gpus-per-trial 0 to leave the GPUs out."
+        )
+    workers = workers or room(1, each)
     workers = min(workers, tasks or workers)
-    per_gpu = math.ceil(workers / gpus) if gpus else 0
-    fraction = math.floor(10_000 / per_gpu) / 10_000 if per_gpu else 0.0  # Ray's resolution
-    largest = max(int(node.get("CPU", 1)) for node in nodes)
-    threads = min(max(1, cores // workers), largest)
-    return _Share(workers, threads, fraction if wanted is None else wanted)
+    if wanted is None and most:
+        fewest = math.ceil(workers / sum(gpus for _, gpus in nodes))
+        # in the resolution of Ray
+        shares = [math.floor(10_000 / one) / 10_000 for one in range(fewest, workers + 1)]
+        each = next((one for one in shares if room(1, one) >= workers), shares[0])
+    largest = max(cores for cores, _ in nodes)
+    fitting = (threads for threads in range(largest, 1, -1) if room(threads, each) >= workers)
+    return _Share(workers, next(fitting, 1), each)
 
 
 def _fitting(gpus: float, wanted: float) -> int:
@@ -325,10 +365,13 @@ def _package() -> Iterator[str]:
 
 
 def _cores() -> int:
-    """Returns the cores that this process may use; all of them where that cannot be told."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Returns the cores that this process may use, within the quota of a container."""
+    known = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # not Linux, or no limit: then it says `max`
+        quota, period = map(int, _QUOTA.read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 @contextmanager
@@ -338,10 +381,11 @@ def _connection(address: str | None, workers: int | None) -> Iterator[None]:
         yield
         return
     if address is None:  # "local" always: a bare init attaches to whatever cluster ran here last
-        cores = _cores()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a search leaves here
         ray.init(
             address="local",
-            num_cpus=max(cores, workers or 0),
+            num_cpus=max(_cores(), workers or 0),
+            num_gpus=torch.cuda.device_count(),  # Ray finds none where NVML is missing
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

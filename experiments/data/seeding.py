@@ -21,7 +21,7 @@ def seeded(seed: int) -> Iterator[None]:
     """
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of GPUs, which a training draws from
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

@@ -305,7 +305,7 @@ def _parted(batch: Any) -> Any:
 
 def picked(part: Any, indices: Tensor) -> Any:
     """Returns the examples at `indices` of inputs or targets: a tensor, tuple, list or dict."""
-    return tree_map(lambda leaf: leaf[indices] if has_rows(leaf) else leaf, part)
+    return tree_map(lambda leaf: leaf[indices.to(leaf.device)] if has_rows(leaf) else leaf, part)
 
 
 def first_examples(inputs: Any, number: int) -> Any:

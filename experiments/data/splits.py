@@ -231,6 +231,7 @@ def _ordered(
     order = torch.randperm(total, generator=generator)
     if labels is None:
         return order[:held_out], order[held_out:]
+    labels = labels.cpu()
     rank, size = _rank_within_class(labels[order])
     order = order[((rank + 0.5) / size).argsort(stable=True)]
     validation, rest = order[:held_out], order[held_out:]

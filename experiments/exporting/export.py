@@ -24,7 +24,7 @@ from paretoprune.experiments.measuring.reports import REPORTS, Report, check_rep
 from paretoprune.experiments.places import check_folder
 from paretoprune.experiments.runs import library_versions
 from paretoprune.search import Batch, Completed, Problem, Record
-from paretoprune.search.evaluation import Evaluator, first_line
+from paretoprune.search.evaluation import Evaluator, first_line, on_device
 from paretoprune.search.latency import Latency, measure_latency
 from paretoprune.search.metrics import evaluate, forward
 from paretoprune.search.weights import FINETUNED, Weights, trained_weights
@@ -119,7 +119,7 @@ def export(
     progress("tracing the dense network", 0, 0)
     graph = trace(problem.model, problem.example_inputs)
     small = handed_out(problem, graph, record, weights=weights, seed=seed, progress=progress)
-    search_metrics = evaluate(small, problem.validation, problem.loss, problem.metrics)
+    search_metrics = _evaluated(small, problem, problem.validation)
     dense = copy.deepcopy(problem.model).cpu().eval()
     inputs, _ = next(iter(problem.validation))
     with _new_folder(directory) as folder:
@@ -187,7 +187,7 @@ def handed_out(
     kind = trained_weights(record)
     rebuilt = _network(problem, evaluator, graph, record, weights, seed, rebuilding)
     expected = record.finetuned_metrics if kind == FINETUNED else record.outcome.metrics
-    _check_loss(record, expected, evaluate(rebuilt, problem.validation, problem.loss))
+    _check_loss(record, expected, _evaluated(rebuilt, problem, problem.validation))
     if problem.refit is not None and kind is None:
         progress("reconstructing it on more examples", 0, 0)
     small = evaluator.refitted(rebuilt, record.plan) if kind is None else rebuilt
@@ -275,7 +275,7 @@ def _measure(
     search_metrics: dict[str, float],
 ) -> tuple[Measured, Measured]:
     """Returns what the card says of the dense and of the exported network."""
-    dense_metrics = evaluate(dense, problem.validation, problem.loss, problem.metrics)
+    dense_metrics = _evaluated(dense, problem, problem.validation)
     dense_test, small_test = _test(problem, dense, small)
     dense_time, small_time = measure_latency((dense, small), problem.example_inputs)
 
@@ -324,12 +324,17 @@ def _test(
     try:
         batches = problem.test()
         _check_read_twice(batches)
-        before = evaluate(dense, batches, problem.loss, problem.metrics)
-        after = evaluate(small, counted(batches), problem.loss, problem.metrics)
+        before = _evaluated(dense, problem, batches)
+        after = _evaluated(small, problem, counted(batches))
     except Exception as error:  # the search never read it, so that anything may be wrong with it
         raise ValueError(f"the test split cannot be measured: {first_line(error)}") from error
     examples = {"examples": sum(counts)}
     return before | examples, after | examples
+
+
+def _evaluated(network: nn.Module, problem: Problem, batches: Iterable[Batch]) -> dict[str, float]:
+    """Returns what is measured of a network on a split, on the GPU where there is one."""
+    return evaluate(on_device(network), batches, problem.loss, problem.metrics)
 
 
 def _check_read_twice(batches: Iterable[Batch]) -> None:
@@ -353,7 +358,7 @@ def _check_reloaded(problem: Problem, folder: Path, small: nn.Module, inputs: An
     Raises:
         ExportFailed: If it does not.
     """
-    reloaded = load(folder, problem.reference or (lambda: copy.deepcopy(problem.model)))
+    reloaded = load(folder, problem.reference or (lambda: copy.deepcopy(problem.model).cpu()))
     with torch.no_grad():
         expected, actual = forward(small, inputs), forward(reloaded, inputs)
     try:

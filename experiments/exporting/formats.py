@@ -259,7 +259,7 @@ def _open_onnx(file: Path) -> Run:
 
     def run(inputs: Any) -> list[Tensor]:
         leaves = [leaf for leaf in tree_leaves(as_call(inputs)) if isinstance(leaf, Tensor)]
-        fed = {name: leaf.numpy() for name, leaf in zip(names, leaves, strict=True)}
+        fed = {name: leaf.cpu().numpy() for name, leaf in zip(names, leaves, strict=True)}
         return [torch.from_numpy(output) for output in session.run(None, fed)]
 
     return run

@@ -24,7 +24,7 @@ from torch import nn
 
 from paretoprune.experiments.runs import write_json
 from paretoprune.search.evaluation import on_device
-from paretoprune.search.metrics import evaluating, forward
+from paretoprune.search.metrics import device_of, evaluating, forward, to_device
 
 COUNTRY = "PARETOPRUNE_COUNTRY"
 """Environment variable: ISO code of the country whose electricity is used, such as DEU."""
@@ -119,6 +119,7 @@ def inference_energy(model: nn.Module, inputs: Any, examples: int, seconds: floa
         seconds: How long to measure.
     """
     model, passes = on_device(copy.deepcopy(model)), 0
+    inputs = to_device(inputs, device_of(model))  # once: the way there is no part of a pass
     with evaluating(model), torch.no_grad():
         forward(model, inputs)
         with metered() as meter:

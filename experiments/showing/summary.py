@@ -43,6 +43,21 @@ def measured(view: SearchView) -> list[str]:
     return ["accuracy", "loss"] if accurate else ["loss"]
 
 
+_COSTS = {"macs", "params", "latency"}
+
+
+def qualities(view: SearchView) -> list[str]:
+    """Returns the metrics that say how good a network is: first what alone is optimised."""
+    asked = [one.name for one in view.objectives if one.name not in _COSTS]
+    usual = [name for name in ("accuracy", "loss") if name in view.dense_metrics]
+    return [*(name for name in asked if name not in usual), *usual]
+
+
+def costs(view: SearchView) -> list[str]:
+    """Returns the metrics that say what a network costs."""
+    return ["macs_ratio", "params", *(["latency"] if "latency" in view.dense_metrics else [])]
+
+
 _ADVANTAGES = {
     "loss": "a lower loss",
     "accuracy": "a higher accuracy",

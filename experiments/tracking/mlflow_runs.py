@@ -5,6 +5,7 @@ Only the driver writes, and in few calls. The only file that imports mlflow.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import logging
 import os
@@ -23,7 +24,7 @@ from paretoprune.experiments.runs import TRACKING_FILE, RunSpec, write_json
 from paretoprune.experiments.showing import page
 from paretoprune.experiments.showing.importance import importance
 from paretoprune.experiments.showing.pictures import pictures
-from paretoprune.experiments.showing.summary import note
+from paretoprune.experiments.showing.summary import costs, note, qualities
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.saved_view import front_link, view_link, view_tag
 from paretoprune.experiments.tracking.store import Store, Tracked
@@ -49,11 +50,24 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    with _silenced():
+    with _silenced(), alone(uri):
         from mlflow import MlflowClient  # after the environment, which it reads once
 
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what it raises is said by us
         return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Lets one process at a time make what is not there yet: MLflow's tables, an experiment."""
+    kind, _, path = uri.partition(":///")
+    if kind != "sqlite":
+        yield
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{path}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
+        yield
 
 
 @contextmanager
@@ -100,13 +114,15 @@ class SearchRuns:
 
     def open(self, view: SearchView, thop_macs: int | None) -> None:
         """Finds or makes experiment, parent run and saved view, and finds the child runs."""
-        self._experiment = _experiment(self._client, self._store, view.name)
+        with alone(self._store.uri):
+            self._experiment = _experiment(self._client, self._store, view.name)
         spec = self._spec
         own = f"tags.search_id = '{spec.id}'"
         found = self._client.search_runs([self._experiment], f"{own} AND tags.kind = 'search'")
         if found:
             self._parent = found[0].info.run_id
             self._client.update_run(self._parent, status="RUNNING")
+            self._client.set_tag(self._parent, "trials", str(spec.trials))  # a param cannot change
         else:
             self._parent = self._new_parent(view, thop_macs)
         for run in self._all_runs(f"{own} AND tags.kind = 'trial'"):
@@ -114,7 +130,9 @@ class SearchRuns:
         self._pareto = {
             number: run.data.tags.get("pareto") == "true" for number, run in self._children.items()
         }
-        key, value = view_tag(spec.id, f"Pareto front of {self._run_dir.name}", _now())
+        title = f"Pareto front of {self._run_dir.name}"
+        shown = {"qualities": qualities(view), "costs": costs(view)}
+        key, value = view_tag(spec.id, title, _now(), **shown)
         self._client.set_experiment_tag(self._experiment, key, value)
         where = {"uri": self._store.uri, "experiment": self._experiment, "run": self._parent}
         write_json(self._run_dir / TRACKING_FILE, where)
@@ -127,13 +145,17 @@ class SearchRuns:
             "kind": "search",
             "search": self._run_dir.name,
             "search_id": spec.id,
+            "trials": str(spec.trials),
             "mlflow.source.name": "paretoprune",
         }
         run = self._client.create_run(self._experiment, run_name=self._run_dir.name, tags=tags)
         values: dict[str, Any] = {
             "model": spec.model,
+            "data": spec.data or "of the model",
+            "weights": spec.weights or "of the model",
+            "strategy": spec.strategy,
+            "finetune": spec.finetune,
             "target_macs": view.target,
-            "trials": spec.trials,
             "criteria": ", ".join(spec.criteria),
             "objectives": ", ".join(spec.objectives),
             "granularity": spec.granularity,

@@ -7,20 +7,26 @@ without filter and charts, and nothing else is lost.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 _PREFIX = "mlflow.sharedViewState."
 
 
-def view_tag(search_id: str, title: str, created: int) -> tuple[str, str]:
+def view_tag(
+    search_id: str, title: str, created: int, *, qualities: Sequence[str], costs: Sequence[str]
+) -> tuple[str, str]:
     """Returns name and value of the experiment tag that stores the view of one search.
 
     Args:
         search_id: Value of the tag `search_id` that the runs of the search carry.
         title: Name of the view in MLflow's drop-down list.
         created: Time in milliseconds since 1970.
+        qualities: Metrics that say how good a network is, what matters most first.
+        costs: Metrics that say what it costs, likewise.
     """
-    value = {"name": title, "createdAt": created, "state": json.dumps(_state(search_id))}
+    state = json.dumps(_state(search_id, qualities, costs))
+    value = {"name": title, "createdAt": created, "state": state}
     return _PREFIX + search_id, json.dumps(value)
 
 
@@ -43,9 +49,11 @@ def front_link(server: str, experiment_id: str, run_id: str) -> str:
     )
 
 
-def _state(search_id: str) -> dict[str, Any]:
-    """Returns the runs page's state: the front's runs by MACs, and four charts of them."""
+def _state(search_id: str, qualities: Sequence[str], costs: Sequence[str]) -> dict[str, Any]:
+    """Returns the runs page's state: the front's runs by MACs, and charts of them."""
     section = "pareto-front"
+    pairs = [(costs[0], quality) for quality in qualities[:2]]
+    pairs += [(cost, qualities[0]) for cost in costs[1:]]
     return {
         "searchFilter": f"tags.pareto = 'true' AND tags.search_id = '{search_id}'",
         "orderByKey": "metrics.`macs_ratio`",
@@ -55,7 +63,7 @@ def _state(search_id: str) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": [
-            *(f"metrics.`{name}`" for name in ("accuracy", "loss", "macs_ratio", "params")),
+            *(f"metrics.`{name}`" for name in (*qualities, *costs)),
             *(f"params.`{name}`" for name in ("criterion", "allocation", "removed")),
         ],
         "runsHiddenMode": "SHOW_ALL",
@@ -69,13 +77,11 @@ def _state(search_id: str) -> dict[str, Any]:
         "runListHidden": False,
         "isAccordionReordered": True,
         "compareRunCharts": [
-            _scatter("accuracy-over-macs", section, "macs_ratio", "accuracy"),
-            _scatter("loss-over-macs", section, "macs_ratio", "loss"),
-            _scatter("accuracy-over-params", section, "params", "accuracy"),
+            *(_scatter(section, cost, quality) for cost, quality in pairs),
             {
                 **_chart("decisions", section, "PARALLEL"),
                 "selectedParams": ["criterion"],
-                "selectedMetrics": ["macs_ratio", "params", "loss", "accuracy"],
+                "selectedMetrics": [*costs, *reversed(qualities)],
                 "showAllRuns": False,
             },
         ],
@@ -103,9 +109,9 @@ def _chart(name: str, section: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _scatter(name: str, section: str, over: str, metric: str) -> dict[str, Any]:
+def _scatter(section: str, over: str, metric: str) -> dict[str, Any]:
     return {
-        **_chart(name, section, "SCATTER"),
+        **_chart(f"{metric}-over-{over}", section, "SCATTER"),
         "xaxis": {"key": over, "type": "METRIC"},
         "yaxis": {"key": metric, "type": "METRIC"},
     }

@@ -22,6 +22,8 @@ _REDRAW_SECONDS = 60.0
 """Least time between two pages of the front while the search goes on."""
 _REDRAW_SHARE = 0.01
 """Most of the time of a search that is spent on them, which its workers may spend waiting."""
+_RETRY_SECONDS = 120.0
+"""Time after a fault of MLflow, which may take seconds to show, until it is tried again."""
 
 
 def _say(text: str) -> None:
@@ -78,6 +80,7 @@ class MlflowListener:
         self._warn = warn
         self._broken = False
         self._warned = False
+        self._again = 0.0
         self._redraw = 0.0
         self._search: SearchRuns | None = None
         self._view: SearchView | None = None
@@ -88,17 +91,23 @@ class MlflowListener:
         self._guarded(self._reconcile)
 
     def finished(self, record: Record, front: ParetoFront) -> None:
-        """Writes one trial."""
+        """Writes one trial; some time after a fault, all that is missing."""
         view = self._seen(record)
-        self._guarded(lambda: self._write(record, front, view))
+        if self._broken and time.monotonic() > self._again:
+            self._recover()
+        else:
+            self._guarded(lambda: self._write(record, front, view))
 
     def ended(self, front: ParetoFront, interrupted: bool) -> None:
         """Writes plots, table and description; after an earlier fault also what is missing."""
         if self._broken:
-            self._broken = False
-            self._search = None
-            self._guarded(self._reconcile)
+            self._recover()
         self._guarded(lambda: self._close(interrupted))
+
+    def _recover(self) -> None:
+        self._broken = False
+        self._search = None
+        self._guarded(self._reconcile)
 
     def _seen(self, record: Record) -> SearchView:
         assert self._view is not None, "the search announces its start before its trials"
@@ -113,7 +122,8 @@ class MlflowListener:
                 action()
         except Exception as error:  # whatever it is: a view must not end the search
             self._broken = True
-            if self._warned:  # the last attempt, at the end: nothing new to say
+            self._again = time.monotonic() + _RETRY_SECONDS
+            if self._warned:  # another attempt: nothing new to say
                 return
             self._warned = True
             self._warn(

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from paretoprune.criteria import CRITERIA, select
+from paretoprune.criteria import CRITERIA, SharedCalibration, select
+from paretoprune.criteria.receding import Receding, recede
 from paretoprune.experiments.data.splits import Batches, TrainingBatches
 from paretoprune.experiments.finetuning import FINETUNING
 from paretoprune.experiments.measuring.robustness import images_of, robustness
@@ -29,6 +30,7 @@ from paretoprune.experiments.training import train
 from paretoprune.search import evaluate
 from paretoprune.search.evaluation import Moved
 from paretoprune.search.metrics import to_device
+from paretoprune.search.objectives import chance_loss
 from paretoprune.surgery import Reconstructor, prune, recalibrate, trace
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,6 +91,25 @@ def main() -> None:
         found, expected = (robustness(one, some) for one in (model, problem.model))
         assert found == pytest.approx(expected, abs=0.01)
 
+    def lossy() -> None:
+        """A loss may hold tensors, which are where it was made."""
+        mine = torch.nn.CrossEntropyLoss(weight=torch.linspace(0.5, 1.5, 10))
+        batches = list(problem.calibration)
+
+        def numbers(one: torch.nn.Module, data: Any) -> list[float]:
+            shared = SharedCalibration(data, mine)
+            scores = [CRITERIA[name]()(one, graph, shared) for name in ("taylor", "sosp_i")]
+            sums = [float(values.sum()) for score in scores for values in score.values()]
+            chance = chance_loss(one, batches[0], mine)
+            return [evaluate(one, batches, mine)["loss"], chance, *sums]
+
+        expected = numbers(problem.model, batches)
+        assert numbers(model, calibration) == pytest.approx(expected, rel=1e-3)
+        there = [(inputs.to(DEVICE), targets.to(DEVICE)) for inputs, targets in batches]
+        settings = replace(FINETUNING, epochs=1)
+        assert next(train(model, there, settings, loss=mine).parameters()).device == DEVICE
+        recede(model, there, mine, Receding(epochs=1))
+
     checks: dict[str, Callable[[], Any]] = {
         "trace": traced,
         **{name: lambda name=name: measured(name) for name in CRITERIA},  # type: ignore[misc]
@@ -99,6 +120,7 @@ def main() -> None:
         "recalibrate": lambda: recovered(lambda dense, small, data: recalibrate(small, data)),
         "robustness": robust,
         "train": trained,
+        "loss": lossy,
     }
     failures = {}
     for name in sys.argv[1:]:

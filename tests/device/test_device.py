@@ -11,7 +11,7 @@ import pytest
 
 from paretoprune.criteria import CRITERIA
 
-CHECKS = ("trace", *CRITERIA, "prune", "reconstruct", "recalibrate", "robustness", "train")
+CHECKS = ("trace", *CRITERIA, "prune", "reconstruct", "recalibrate", "robustness", "train", "loss")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from paretoprune.criteria import CRITERIA, CostClass, SharedCalibration
 from paretoprune.surgery import ChannelSlice, PrunableGroup, trace
+from paretoprune.surgery.execute import Execution
 from tests.unit.surgery.specimen import draw
 from tests.unit.surgery.specimens import ZOO, traced
 
@@ -250,6 +252,39 @@ class Timed(nn.Module):
     def forward(self, time: Tensor, x: Tensor) -> dict[str, Tensor]:
         y = time * self.head(torch.relu(self.conv(x)).mean((2, 3)))
         return {"out": y, "last": y}
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(5, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layer(x)[0][:, -1])
+        return out
+
+
+@pytest.mark.parametrize("name", ["taylor", "sosp_h", "sosp_i"])
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_recurrent_layers_are_kept_from_cudnn(name: str, recurrent: bool) -> None:
+    """It has their gradients in training mode alone, and no second ones."""
+    torch.manual_seed(0)
+    model = (
+        Recurrent() if recurrent else nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    )
+    inputs = torch.randn(8, 4, 5) if recurrent else torch.randn(8, 5)
+    graph, used = trace(model.eval(), inputs), set[bool]()
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        used.add(torch.backends.cudnn.enabled)
+        return ahead(*arguments, **named)
+
+    ahead = Execution.ahead
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Execution, "ahead", watched)
+        CRITERIA[name]()(model, graph, [(inputs, torch.arange(8) % 3)])
+    assert used == {not recurrent}
+    assert torch.backends.cudnn.enabled
 
 
 @pytest.mark.parametrize("name", ["kl", "taylor", "obs"])

@@ -305,6 +305,45 @@ def test_what_a_training_depends_on_tells_its_checkpoint_apart(
     assert not torch.equal(found, trained(before))
 
 
+def test_momentum_goes_on_in_the_layout_of_its_weights(tmp_path: Path) -> None:
+    """Optimizers take their fast path where both have the same strides."""
+    strides: list[tuple[object, object]] = []
+    step = torch.optim.SGD.step
+
+    def spy(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
+        for parameter, state in self.state.items():
+            strides.append((parameter.stride(), state["momentum_buffer"].stride()))
+        return step(self, *args, **kwargs)
+
+    model = convolutional().to(memory_format=torch.channels_last)
+    settings, file = Training(epochs=2, learning_rate=0.1), tmp_path / "part"
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, small_images(), settings, checkpoint=file, progress=stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", spy)
+        train(model, small_images(), settings, checkpoint=file)
+    assert strides
+    assert all(own == other for own, other in strides)
+
+
+def test_settings_of_cudnn_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, seen = torch.backends.cudnn, list[tuple[bool, bool, bool]]()
+    monkeypatch.setattr(cudnn, "allow_tf32", False)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append((cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic))
+        return F.cross_entropy(outputs, targets)
+
+    train(network(), BATCHES, Training(epochs=1, learning_rate=0.1), loss=loss)
+    assert set(seen) == {(False, False, True)}
+    assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (False, True, False)
+
+
 def test_distillation_is_the_divergence_of_softened_outputs() -> None:
     student, teacher = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).double()
     expected = 9 * F.kl_div(

@@ -106,6 +106,31 @@ def test_the_gpu_s_memory_counts_as_memory(plan: PruningPlan) -> None:
     assert attempt(evaluation, plan, 0) == Failed(failed, "memory")
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_libraries_of_the_gpu_without_memory_count_too(plan: PruningPlan, message: str) -> None:
+    def evaluation(plan: PruningPlan, seed: int) -> dict[str, float]:
+        raise (torch.AcceleratorError if "CUDA error: out" in message else RuntimeError)(message)
+
+    outcome = attempt(evaluation, plan, 0)
+    assert isinstance(outcome, Failed)
+    assert outcome.kind == "memory"
+
+
+def test_a_gpu_that_refuses_everything_from_now_on_is_no_outcome(plan: PruningPlan) -> None:
+    def evaluation(plan: PruningPlan, seed: int) -> dict[str, float]:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(torch.AcceleratorError, match="device-side assert"):
+        attempt(evaluation, plan, 0)
+
+
 def test_ctrl_c_is_no_outcome(plan: PruningPlan) -> None:
     def interrupted(plan: PruningPlan, seed: int) -> dict[str, float]:
         raise KeyboardInterrupt

@@ -169,6 +169,20 @@ def test_a_spoilt_ledger_file_is_evaluated_again(
     assert [f.name for f in ledger.folder.iterdir()] == [file.name]
 
 
+def test_what_another_run_left_in_a_folder_is_not_taken(
+    analytic: Analytic, tmp_path: Path
+) -> None:
+    """A node without shared storage keeps the folder of a run that is deleted elsewhere."""
+    before, now = (Ledger(tmp_path / "evals", run) for run in ("first", "second"))
+    task = task_of(analytic)
+    before.write(task.key, Completed({"loss": -1.0, "macs": 1}, 0.0))
+    outcome = now.evaluate(analytic, task)
+    assert isinstance(outcome, Completed)
+    assert outcome.metrics["loss"] > 0
+    assert now.read(task.key) == outcome
+    assert before.read(task.key) is None
+
+
 def test_a_ledger_that_cannot_be_written_costs_no_evaluation(
     analytic: Analytic, tmp_path: Path
 ) -> None:

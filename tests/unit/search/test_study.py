@@ -72,10 +72,12 @@ def test_records_come_back_from_the_study_alone(open_study: OpenStudy) -> None:
         told.append(record(trial, share(trial), **changes))
         study.tell(told[-1])
     study.note("key", {"value": [1]})
+    run = study.run
     study.close()
 
     study = open_study()
     assert study.records() == told
+    assert study.run == run
     assert [r.origin for r in told] == ["seed", "sampler", "sampler", "sampler"]
     assert study.notes["key"] == {"value": [1]}
     study.close()

@@ -142,6 +142,16 @@ def test_a_dataset_augmentation_is_seeded_and_leaves_the_global_generator() -> N
     assert not torch.equal(first["x"], source.read(torch.arange(4))[0]["x"])
 
 
+def test_reading_does_not_seed_what_a_training_on_a_gpu_draws_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(seed: int) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", never)
+    DatasetSource(Pairs(), Pairs(noise=1.0)).read(torch.arange(4), torch.Generator())
+
+
 def test_a_dataset_without_augmentation_is_read_plain() -> None:
     inputs, _ = DatasetSource(TensorDataset(torch.eye(3), torch.arange(3))).read(
         torch.arange(3), torch.Generator()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import nn
 from paretoprune.experiments.comparison import Shot
 from paretoprune.experiments.runs import RunSpec, create_run
 from paretoprune.experiments.showing import page
+from paretoprune.experiments.showing.summary import costs, qualities
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking import mlflow_runs as tracking
 from paretoprune.experiments.tracking import tracker
@@ -29,7 +32,7 @@ from paretoprune.experiments.tracking.mlflow_runs import (
 from paretoprune.experiments.tracking.saved_view import view_tag
 from paretoprune.experiments.tracking.store import Store, Tracked, store_of
 from paretoprune.experiments.tracking.tracker import MlflowListener
-from paretoprune.search import Completed, Failed, ParetoFront, Record
+from paretoprune.search import Completed, Direction, Failed, Objective, ParetoFront, Record
 from tests.unit.experiments.infos import info_of
 
 if TYPE_CHECKING:
@@ -253,6 +256,33 @@ def test_a_server_that_comes_back_gets_everything_at_the_end(
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_server_that_comes_back_is_found_while_the_search_goes_on(
+    folder: Path, view: SearchView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(uri: str) -> None:
+        raise ConnectionError("refused")
+
+    said: list[str] = []
+    listener = MlflowListener(folder, SPEC, warn=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "connect", refuse)
+        patch.setattr(tracker, "_RETRY_SECONDS", 0.0)
+        for _ in play(listener, view, upto=4):
+            pass
+    listener.finished(view.records[4], view.front)
+    assert len(said) == 1
+    assert sorted(runs_in(folder)[2]) == list(range(5))
+
+
+def test_several_searches_may_begin_in_an_empty_folder(tmp_path: Path) -> None:
+    code = "import sys; from paretoprune.experiments.tracking.mlflow_runs import connect\n"
+    code += "print(len(connect(sys.argv[1]).search_experiments()))"
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/mlflow.db"]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [one.communicate(timeout=300)[0] for one in started] == ["1\n"] * 3
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_two_runs_of_one_name_are_kept_apart(folder: Path, view: SearchView) -> None:
     played(MlflowListener(folder, SPEC), view)
     again = RunSpec("made-up", 0.5, 7, ("l2",))
@@ -273,10 +303,38 @@ def test_a_saved_view_opens_on_the_front(folder: Path, view: SearchView) -> None
     assert saved["name"] == "Pareto front of first"
     found = client.search_runs([parent.info.experiment_id], state["searchFilter"])
     assert {int(run.data.tags["trial"]) for run in found} == {1, 3, 4}
+    drawn = [chart["uuid"] for chart in state["compareRunCharts"]]
+    assert drawn[:3] == [
+        "accuracy-over-macs_ratio",
+        "loss-over-macs_ratio",
+        "accuracy-over-params",
+    ]
+
+
+def test_a_saved_view_draws_what_is_optimised(view: SearchView) -> None:
+    objectives = tuple(
+        Objective(name, Direction.MAXIMIZE, "", 0.0) for name in ("miou", "latency")
+    )
+    dense = {"loss": 0.1, "miou": 0.7, "latency": 3.0}
+    own = replace(view, objectives=objectives, dense_metrics=dense)
+    _, value = view_tag("0" * 12, "front", 0, qualities=qualities(own), costs=costs(own))
+    *scatters, parallel = json.loads(json.loads(value)["state"])["compareRunCharts"]
+    assert [(one["xaxis"]["key"], one["yaxis"]["key"]) for one in scatters] == [
+        ("macs_ratio", "miou"),
+        ("macs_ratio", "loss"),
+        ("params", "miou"),
+        ("latency", "miou"),
+    ]
+    assert {"miou", "loss", "latency"} < set(parallel["selectedMetrics"])
 
 
 def test_a_saved_view_fits_into_a_tag() -> None:
-    key, value = view_tag("0" * 12, "Pareto front of " + "x" * 200, 0)
+    qualities, costs = (
+        ["panoptic_quality", "accuracy", "loss"],
+        ["macs_ratio", "params", "latency"],
+    )
+    title = "Pareto front of " + "x" * 200
+    key, value = view_tag("0" * 12, title, 0, qualities=qualities, costs=costs)
     assert len(key) <= 250
     assert len(value) <= 5000
 
