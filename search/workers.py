@@ -170,6 +170,7 @@ class _TuneSearch(TuneSearcher):
         self._workers = workers
         self._running: dict[str, Task] = {}
         self._failures: dict[str, str] = {}
+        self._told = False
         self._error: Exception | None = None
 
     def suggest(self, trial_id: str) -> Any:
@@ -193,6 +194,7 @@ class _TuneSearch(TuneSearcher):
             return
         if result is not None and "outcome" in result:
             outcome = outcome_from_json(json.loads(result["outcome"]))
+            self._told = True
         elif error:
             reason = self._failures.get(trial_id, "out of memory, perhaps")
             outcome = Failed(f"its worker died {_RETRIES + 1} times: {reason}", "worker")
@@ -207,7 +209,8 @@ class _TuneSearch(TuneSearcher):
             return
         error = cloudpickle.loads(Path(file).read_bytes())
         self._failures[trial.trial_id] = one_line(error)
-        if isinstance(error, RayActorError) and error.actor_init_failed:
+        never = isinstance(error, RayActorError) and error.actor_init_failed
+        if never and not self._told:  # else it is this node's, such as one that came late
             reason = str(error).strip().splitlines()[-1]  # where Ray puts what the actor raised
             self._error = WorkersFailed(f"the workers cannot start: {reason}")
             raise self._error

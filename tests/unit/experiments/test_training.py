@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -417,6 +418,82 @@ def test_mixup_mixes_what_network_and_teacher_see_and_the_losses_of_both_targets
         torch.testing.assert_close(mixed, expected)
         weights.add(round(float(weight), 4))
     assert len(weights) == 3, "a weight for every batch"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_step_is_that_of_a_loop_by_hand(optimizer: Literal["sgd", "adamw"]) -> None:
+    torch.manual_seed(0)
+    own, teacher = nn.Linear(4, 2), nn.Linear(4, 2)
+    settings = Training(
+        epochs=2,
+        learning_rate=0.05,
+        optimizer=optimizer,
+        warmup=0.0,
+        momentum=0.5,
+        weight_decay=0.1,
+        label_smoothing=0.2,
+        distillation=0.3,
+        temperature=2.0,
+    )
+    trained = train(own, BATCHES, settings, teacher=teacher)
+    decayed: list[dict[str, Any]] = [
+        {"params": [own.weight]},
+        {"params": [own.bias], "weight_decay": 0.0},
+    ]
+    by_hand: torch.optim.Optimizer
+    if optimizer == "sgd":
+        by_hand = torch.optim.SGD(decayed, momentum=0.5, weight_decay=0.1, nesterov=True)
+    else:
+        by_hand = torch.optim.AdamW(decayed, betas=(0.5, 0.999), weight_decay=0.1)
+    for step, (inputs, targets) in enumerate(BATCHES * 2):
+        for group in by_hand.param_groups:
+            group["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * step / 8))
+        outputs, taught = own(inputs), teacher(inputs).detach()
+        learnt = F.kl_div(
+            (outputs / 2).log_softmax(1), (taught / 2).softmax(1), reduction="batchmean"
+        )
+        loss = F.cross_entropy(outputs, targets, label_smoothing=0.2)
+        by_hand.zero_grad()
+        (0.3 * 4 * learnt + 0.7 * loss).backward()
+        by_hand.step()
+    torch.testing.assert_close(trained.weight, own.weight)
+    torch.testing.assert_close(trained.bias, own.bias)
+
+
+def test_mixed_targets_weigh_as_their_inputs_do() -> None:
+    """The loss is linear in the targets, so that the first step tells how they were weighed."""
+    inputs, goals = torch.eye(16), torch.arange(16.0)
+    seen = list[Tensor]()
+    student = nn.Linear(16, 16, bias=False)
+    student.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    settings = Training(
+        epochs=1, learning_rate=0.1, warmup=0.0, weight_decay=0.0, momentum=1e-9, mixup=0.4
+    )
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.diagonal() * targets).sum()
+
+    trained = train(student, [(inputs, goals)], settings, loss=loss)
+    (mixed,) = seen
+    wanted = mixed @ goals  # each example's target, mixed as its inputs are
+    torch.testing.assert_close(trained.weight, student.weight - 0.1 * wanted[:, None] * mixed)
+
+
+def test_the_average_has_averaged_statistics() -> None:
+    running = list[Tensor]()
+
+    class Watched(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input)
+            assert self.running_mean is not None
+            running.append(self.running_mean.clone())
+            return out
+
+    trained = train(Watched(4), BATCHES, Training(epochs=1, learning_rate=1e-9, average=0.8))
+    expected = running[0]  # the first step sets it
+    for value in running[1:]:
+        expected = 0.8 * expected + 0.2 * value
+    torch.testing.assert_close(trained.running_mean, expected)
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.4])

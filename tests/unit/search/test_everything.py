@@ -19,12 +19,14 @@ from paretoprune.search import (
     Completed,
     Failed,
     Finetuning,
+    Metric,
     ParetoFront,
     Problem,
     Record,
     SearchInfo,
     SearchInterrupted,
     SearchStuck,
+    evaluate,
     read_run,
     search,
 )
@@ -110,7 +112,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Problem, Path, list
     inputs = torch.randn(48, 1, 8, 8)
     targets = torch.arange(48) % 10
     batches = [(inputs[:24], targets[:24]), (inputs[24:], targets[24:])]
-    problem = Problem(digits_resnet().eval(), inputs[:2], batches[:1], batches[1:], name="noise")
+    certainty = Metric(lambda outputs, targets: outputs.softmax(1).amax(1).mean())
+    problem = Problem(
+        digits_resnet().eval(),
+        inputs[:2],
+        batches[:1],
+        batches[1:],
+        metrics={"certainty": certainty},
+        name="noise",
+    )
     folder = tmp_path_factory.mktemp("everything")
     return problem, folder, run(problem, folder, 0.75)
 
@@ -163,6 +173,10 @@ def test_a_candidate_is_its_parent_cut_and_refitted(
     kept = weights.network(problem.model, graph, plan, RECOVERED)
     images = torch.randn(3, 1, 8, 8)
     torch.testing.assert_close(kept(images), small(images), rtol=1e-4, atol=1e-5)
+    measured = evaluate(kept, problem.validation, metrics=problem.metrics)
+    assert isinstance(second[-1].outcome, Completed)
+    told = {name: second[-1].outcome.metrics[name] for name in ("loss", "accuracy", "certainty")}
+    assert told == pytest.approx(measured, rel=1e-4)
     assert trace(kept, problem.example_inputs).cost() == second[-1].cost
     again = CandidateStep(problem, graph, Weights(tmp_path), None)
     with pytest.raises(ValueError, match="trained weights are missing"):

@@ -19,6 +19,7 @@ from paretoprune.search import (
     Direction,
     Failed,
     Finetuning,
+    Metric,
     Objective,
     ParetoFront,
     Problem,
@@ -98,6 +99,30 @@ def run(
 def trained(problem: Problem, kind: type[FineTuner] = FineTuner) -> Finetuning:
     assert not isinstance(problem.calibration, torch.Tensor)
     return Finetuning(kind([*problem.calibration], SETTINGS), epochs=3, top=2)
+
+
+def test_a_metric_that_ranks_decides_what_is_taken(problem: Problem, tmp_path: Path) -> None:
+    def certainty(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return outputs.softmax(1).amax(1).mean()
+
+    mine = replace(problem, metrics={"certainty": Metric(certainty)})
+    settings = {"criteria": ("l2",), "workers": 0, "run_dir": tmp_path}
+    names = ("certainty", "macs")
+    front = search(mine, 0.5, 3, objectives=names, finetuning=trained(problem), **settings)  # type: ignore[arg-type]
+    graph = trace(mine.model, mine.example_inputs)
+    done = [one for one in front.records if one.finetuned is not None]
+    assert done
+    for record in done:
+        assert record.plan is not None
+        network = Weights.of_run(tmp_path).network(mine.model, graph, record.plan, FINETUNED)
+        after = evaluate(network, mine.validation, metrics=mine.metrics)["certainty"]
+        start = Evaluator(mine, graph).final(record.plan, 0)
+        before = evaluate(start, mine.validation, metrics=mine.metrics)["certainty"]
+        found = record.finetuned_metrics
+        assert found["certainty"] == pytest.approx(after, rel=1e-4)
+        assert found["certainty_before"] == pytest.approx(before, rel=1e-4)
+        assert found["taken"] == float(after >= before)
+        assert record.handed_out["certainty"] == pytest.approx(max(before, after), rel=1e-4)
 
 
 def test_the_best_are_trained_and_kept_as_measured(problem: Problem, tmp_path: Path) -> None:

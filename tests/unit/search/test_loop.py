@@ -20,6 +20,7 @@ from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.search import (
     Completed,
     Direction,
+    Finetuning,
     Metric,
     NothingCompleted,
     ParetoFront,
@@ -29,6 +30,7 @@ from paretoprune.search import (
     SearchInfo,
     SearchInterrupted,
     evaluation,
+    loop,
     read_run,
     search,
 )
@@ -36,7 +38,7 @@ from paretoprune.search.dense import dense_latency
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.ledger import Ledger
 from paretoprune.search.objectives import directions_of
-from paretoprune.search.searcher import run_inline
+from paretoprune.search.searcher import Executor, run_inline
 from paretoprune.search.show import metrics_of
 from paretoprune.search.study import Study
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune, trace
@@ -411,3 +413,20 @@ def test_importing_imports_no_vendor() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == ""
+
+
+def test_the_time_limit_is_that_of_trials_alone(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = list[float | None]()
+
+    def executor(
+        workers: object, address: object, gpus: object, seconds: float | None, most: object
+    ) -> Executor:
+        limits.append(seconds)
+        return run_inline
+
+    monkeypatch.setattr(loop, "_executor", executor)
+    finetuning = Finetuning(lambda network, **_: network, epochs=1, top=1)
+    search(problem, 0.5, 2, workers=1, trial_timeout=9.0, finetuning=finetuning)
+    assert limits == [9.0, None]

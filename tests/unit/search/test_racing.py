@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import random
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from paretoprune.search import Completed, Problem, Stopped, evaluate, read_run, search
+from paretoprune.search import (
+    Completed,
+    ParetoFront,
+    Problem,
+    Record,
+    SearchInfo,
+    SearchInterrupted,
+    Stopped,
+    evaluate,
+    read_run,
+    search,
+)
 from paretoprune.search.evaluation import Evaluator, attempt
 from paretoprune.search.ledger import Ledger, Task
 from paretoprune.search.racing import BOUNDS, dominated, estimated
@@ -122,3 +134,41 @@ def test_what_a_search_stops_is_dominated(batched: Problem, tmp_path: Path) -> N
         real = evaluator(record.plan, 0).metrics
         assert ((found["loss"] < real["loss"]) & (found["macs"] <= real["macs"])).any()
     assert search(batched, 0.4, 40, **arguments).records == front.records
+
+
+class Breaking:
+    """Ends a search by Ctrl-C after some trials."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def started(self, info: SearchInfo) -> None: ...
+
+    def finished(self, record: Record, front: ParetoFront) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+    def ended(self, front: ParetoFront, interrupted: bool) -> None: ...
+
+
+def test_what_is_stopped_does_not_depend_on_a_break(batched: Problem, tmp_path: Path) -> None:
+    def searched(folder: Path, after: int) -> list[tuple[int, type, PruningPlan | None]]:
+        settings: dict[str, Any] = {"criteria": ("l2", "random"), "workers": 0, "run_dir": folder}
+        with suppress(SearchInterrupted):
+            search(batched, 0.4, 40, listeners=[Breaking(after)], **settings)
+        search(batched, 0.4, 40, **settings)
+        return [(one.number, type(one.outcome), one.plan) for one in read_run(folder).records]
+
+    whole = searched(tmp_path / "whole", 40)
+    first = next(number for number, kind, _ in whole if kind is Stopped)
+    assert searched(tmp_path / "broken", first) == whole
+
+
+def test_what_is_no_matter_of_loss_and_macs_is_not_raced(batched: Problem, tmp_path: Path) -> None:
+    """`test_what_a_search_stops_is_dominated` stops some of the same search for loss and MACs."""
+    names = ("loss", "params")
+    search(
+        batched, 0.4, 40, objectives=names, criteria=("l2", "random"), workers=0, run_dir=tmp_path
+    )
+    assert not [r for r in read_run(tmp_path).records if isinstance(r.outcome, Stopped)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,8 @@ from torch.nn import functional as F
 from paretoprune.criteria import CRITERIA, CostClass, SharedCalibration, select
 from paretoprune.criteria.taylor import Taylor
 from paretoprune.search import Problem, SearchSpace
-from paretoprune.search.saliency import Scores, saliencies
-from paretoprune.surgery import PruningGraph, trace
+from paretoprune.search.saliency import Scores, blocks_by_damage, saliencies
+from paretoprune.surgery import PruningGraph, PruningPlan, prune, trace
 
 calls: list[str] = []
 
@@ -251,3 +253,42 @@ class Typed:
         setting.criteria = {"mine": typed(factor)}
         expected = factor * torch.arange(group.size)
         assert torch.equal(setting.scores().units["mine"][group.name], expected)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_blocks_are_ordered_by_the_loss_that_a_saved_mac_costs(
+    setting: Setting, broken: bool
+) -> None:
+    model, graph = setting.model, setting.graph
+    worst = next(iter(graph.blocks))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        value = F.cross_entropy(outputs, targets)
+        return value * math.nan if broken and torch.equal(outputs, gone) else value
+
+    (inputs, targets), *_ = setting.batches
+    costs = {}
+    with torch.no_grad():
+        before = F.cross_entropy(model(inputs), targets)
+        for block in graph.blocks:
+            plan = PruningPlan(removed=(block,))
+            outputs = prune(model, graph, plan)(inputs)
+            saved = graph.cost().macs - graph.cost(plan).macs
+            costs[block] = float(F.cross_entropy(outputs, targets) - before) / saved
+        gone = prune(model, graph, PruningPlan(removed=(worst,)))(inputs)
+    found = blocks_by_damage(model, graph, [(inputs, targets)], loss)
+    expected = sorted(costs, key=lambda block: costs[block])
+    if broken:
+        expected = [*(block for block in expected if block != worst), worst]
+    assert list(found) == expected
+
+
+def test_another_version_of_a_criterion_measures_anew(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, found = setting.folder / "counting.py", inspect.getfile
+    monkeypatch.setattr(inspect, "getfile", lambda it: str(code) if it is Counting else found(it))
+    for version, measured in (("one", 1), ("one", 1), ("two", 2)):
+        code.write_text(version)
+        setting.scores()
+        assert len(calls) == measured

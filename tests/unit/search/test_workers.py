@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import cloudpickle
+from ray.exceptions import RayActorError
 
+from paretoprune.search import Completed
 from paretoprune.search import workers as module
-from paretoprune.search.workers import _cores, _share
+from paretoprune.search.errors import WorkersFailed
+from paretoprune.search.record import outcome_to_json
+from paretoprune.search.workers import _cores, _share, _TuneSearch
 
 NODES = st.lists(
     st.tuples(st.integers(1, 40), st.sampled_from([0.0, 0.0, 1.0, 2.0, 8.0])),
@@ -92,3 +100,22 @@ def test_cores_are_those_that_a_container_may_use(
     (tmp_path / "cpu.max").write_text(said)
     monkeypatch.setattr(module, "_QUOTA", tmp_path / "cpu.max")
     assert _cores() == min(cores, limit)
+
+
+def test_workers_that_cannot_start_end_a_search_that_has_found_nothing_yet(
+    analytic: Any, searcher_of: Any, open_study: Any, tmp_path: Path
+) -> None:
+    """Later it may be one node that is wrong, and its evaluation is tried elsewhere."""
+    file = tmp_path / "error"
+    file.write_bytes(cloudpickle.dumps(RayActorError("no such module", actor_init_failed=True)))
+    trial: Any = SimpleNamespace(trial_id="first", pickled_error_file=str(file))
+    study = open_study()
+    search = _TuneSearch(searcher_of(study, analytic, 2), 1)
+    outcome = Completed({"loss": 1.0, "macs": 1.0}, 0.0)
+    search.suggest("first")
+    search.on_trial_complete("first", {"outcome": json.dumps(outcome_to_json(outcome))})
+    search.failed(trial)
+    study.close()
+    nothing: Any = SimpleNamespace()
+    with pytest.raises(WorkersFailed, match="the workers cannot start: "):
+        _TuneSearch(nothing, 1).failed(trial)

@@ -6,12 +6,14 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from paretoprune.criteria import CRITERIA, Bounds
 from paretoprune.experiments.__main__ import main
+from paretoprune.experiments.commands import search as command
 from paretoprune.experiments.commands.options import SearchOptions
 from paretoprune.experiments.comparison import Comparison
 from paretoprune.experiments.models import digits_resnet
@@ -20,7 +22,7 @@ from paretoprune.experiments.showing.page import front_page
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.mlflow_runs import connect
 from paretoprune.experiments.tracking.store import store_of
-from paretoprune.search import Completed, evaluation, read_run
+from paretoprune.search import Completed, Problem, evaluation, read_run
 from paretoprune.search.journal import JournalFile
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
 
@@ -81,6 +83,48 @@ def test_a_search_keeps_to_its_options_and_a_resumed_one_to_them(
     assert "a search with other settings (bounds differ)" in capsys.readouterr().err
 
 
+def test_every_option_reaches_the_search(
+    untrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def spy(problem: Problem, flops: float, trials: int, **options: Any) -> None:
+        given.update(options, flops=flops, trials=trials)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command, "run_search", spy)
+    options = ["--weights", untrained, "--runs-dir", str(tmp_path), "--run", "mine", "--quiet"]
+    options += ["--flops", "60%", "--trials", "7", "--criteria", "l1,obs", "--sampler", "tpe"]
+    options += ["--objectives", "accuracy,params", "--granularity", "uniform", "--multiple", "2"]
+    options += ["--seed", "3", "--workers", "2", "--gpus-per-trial", "0", "--trial-timeout", "9"]
+    options += ["--finetune", "5", "--top", "2", "--storage", f"sqlite:///{tmp_path}/study.db"]
+    options += ["--distill", "--learning-rate", "0.5", "--address", "127.0.0.1:9"]
+    assert main(["search", "digits", *options]) == 2
+    finetuning = given.pop("finetuning")
+    assert (finetuning.epochs, finetuning.top, finetuning.recovery) == (5, 2, 0)
+    assert finetuning.train.teacher is not None
+    assert finetuning.train.training.learning_rate == 0.5
+    del given["listeners"], given["progress"]
+    assert given == {
+        "flops": 0.6,
+        "trials": 7,
+        "strategy": "optuna",
+        "criteria": ("l1", "obs"),
+        "objectives": ("accuracy", "params"),
+        "granularity": "uniform",
+        "bounds": Bounds(multiple=2),
+        "sampler": "tpe",
+        "seed": 3,
+        "workers": 2,
+        "address": "127.0.0.1:9",
+        "gpus_per_trial": 0.0,
+        "trial_timeout": 9.0,
+        "run_dir": tmp_path / "mine",
+        "storage": f"sqlite:///{tmp_path}/study.db",
+        "saliency_dir": tmp_path / ".saliency",
+    }
+
+
 def test_latency_is_measured_shown_and_tracked(
     untrained: str,
     tmp_path: Path,
@@ -102,7 +146,7 @@ def test_latency_is_measured_shown_and_tracked(
     assert info.objectives[0].reference == dense > 0
     measured = {}
     for record in info.records:
-        assert isinstance(record.outcome, Completed)  # latency is not raced
+        assert isinstance(record.outcome, Completed)
         measured[record.number] = record.outcome.metrics["latency"]
     assert all(0 < value < 1e4 for value in measured.values())
     fastest = min(measured, key=lambda number: measured[number])
@@ -265,6 +309,7 @@ def test_a_database_holds_one_search(
 TAKEN = """
 import shutil
 from pathlib import Path
+from typing import Any
 import torch
 from paretoprune.search.journal import lock
 
