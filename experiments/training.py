@@ -129,8 +129,9 @@ def train(
     On one device and with the same number of threads, the result depends on the arguments alone;
     a training that was broken off and goes on from its checkpoint ends as it would have without a
     break. On a GPU that holds as far as its kernels add in a fixed order, which those of cuDNN are
-    told to do; the gradients of some poolings and interpolations have none. Where the device multiplies in bfloat16 (`criteria.precision`), autocast does. Weights
-    stay in the layout that they have: lay them out channels last before.
+    told to do; the gradients of some poolings and interpolations have none. Where the device
+    multiplies in bfloat16 (`criteria.precision`), autocast does. Weights stay in the layout that
+    they have: lay them out channels last before.
 
     Args:
         model: Where training starts.

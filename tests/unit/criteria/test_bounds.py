@@ -196,6 +196,21 @@ def test_a_group_that_no_multiple_fits_keeps_all() -> None:
     assert Bounds(min_ratio=0.3, max_ratio=0.3).counts(graph, first).tolist() == [6]
 
 
+@pytest.mark.parametrize(
+    ("ratios", "counts"),
+    [
+        ({"max_ratio": 0.7}, [3, 4, 5, 6, 7, 8, 9, 10]),  # 10 * (1 - 0.7) is more than 3
+        ({"min_ratio": 0.8}, [1, 2]),  # 10 * (1 - 0.8) is less than 2
+    ],
+)
+def test_ratios_are_exact_where_floating_point_is_not(
+    ratios: dict[str, Any], counts: list[int]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 3))
+    graph = trace(model, torch.randn(2, 4))
+    assert Bounds(**ratios).counts(graph, graph.groups["0"]).tolist() == counts
+
+
 def test_patterns_name_groups_blocks_and_modules() -> None:
     graph = digits()
     blocks, names = tuple(graph.blocks), [group.name for group in graph.open_groups]

@@ -186,6 +186,16 @@ def test_error_per_mac_keeps_the_order_and_divides_by_what_a_unit_saves() -> Non
     torch.testing.assert_close(per_mac["0"][order], expected, rtol=1e-3, atol=1e-9)
 
 
+def test_error_per_mac_falls_nowhere_along_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, _ = perceptron()
+    order = torch.tensor([4, 0, 6, 2, 1, 3, 5])
+    steps = {"0": (order, torch.tensor([1.0, 3.0, 2.0, 4.0, 1.0, 5.0, 0.0]))}
+    monkeypatch.setattr("paretoprune.criteria.obs._elimination", lambda *_: steps)
+    per_mac = scores("obs_per_mac", model, inputs)[1]["0"]
+    expected = torch.tensor([1.0, 3.0, 3.0, 4.0, 4.0, 5.0, 5.0]) / (4 + 3)  # MACs of a unit
+    torch.testing.assert_close(per_mac[order], expected)
+
+
 def test_batches_of_different_sizes_count_by_their_examples() -> None:
     model, inputs, _ = perceptron()
     graph, whole = scores("obs", model, inputs)

@@ -218,6 +218,36 @@ def test_a_stronger_penalty_makes_scales_recede() -> None:
     assert sums[1] < 0.8 * sums[0]
 
 
+def test_the_learning_rate_falls_over_a_cosine_and_is_tenfold_for_gammas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[list[float]] = []
+    step = torch.optim.SGD.step
+
+    def spy(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
+        seen.append(sorted({group["lr"] for group in self.param_groups}))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    recede(network(), data(), F.cross_entropy, Receding(epochs=4, learning_rate=0.01))
+    assert len(seen) == 12
+    for at, share in enumerate((1.0, 0.8535534, 0.5, 0.1464466)):
+        for rates in seen[3 * at : 3 * at + 3]:
+            assert rates == pytest.approx([0.01 * share, 0.1 * share])
+
+
+def test_only_weights_of_two_dims_or_more_decay() -> None:
+    model = network()
+    settings = Receding(epochs=1, strength=0.0, weight_decay=1.0)
+    trained = recede(model, data(), lambda outputs, _: outputs.sum() * 0, settings)
+    after = dict(trained.named_parameters())
+    for name, before in to_batch_norm(to_sigbn(model)).named_parameters():
+        if before.ndim > 1:
+            assert after[name].abs().sum() < 0.99 * before.abs().sum()
+        else:
+            assert torch.equal(after[name], before)
+
+
 class Interrupted(Exception):
     """Stands for a killed process."""
 

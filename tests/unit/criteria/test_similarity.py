@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from scipy.stats import rankdata
+from scipy.stats import percentileofscore, rankdata
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -348,6 +348,25 @@ def test_a_block_is_scored_by_the_network_without_it(name: str) -> None:
             change = 1 - cka(x[0], y[0]) if criterion == "cka" else kl_divergence(x[1], y[1])
             units = sum(graph.groups[group].size for group in block.groups)
             assert scores[block.name] == pytest.approx(float(change) / units, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["residual", "pre_activation"])
+def test_consensus_ranks_a_block_per_inner_unit_among_the_units(name: str) -> None:
+    model, graph = traced(name)
+    data = SharedCalibration([batch(name)])
+    kind = CRITERIA["consensus"]()
+    scores = block_saliency(kind, kind(model, graph, data), model, graph, data)
+    found = changes(model, graph, data, 256, SIMILARITIES)
+    assert graph.blocks
+    for block in graph.blocks.values():
+        inner = sum(graph.groups[group].size for group in block.groups)
+        ranks = []
+        for measure in SIMILARITIES:
+            units = torch.cat(list(found[measure].units.values())).numpy()
+            grain = 1e-3 * units.max()  # less is a tie
+            own = found[measure].blocks[block.name] / inner
+            ranks.append(percentileofscore((units / grain).round(), round(own / grain), "mean"))
+        assert scores[block.name] == pytest.approx(float(np.mean(ranks)) / 100)
 
 
 def captured(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:

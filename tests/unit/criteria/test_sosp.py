@@ -112,6 +112,33 @@ def forked() -> Case:
     return case(Forked(), torch.randn(6, 2, 5, 5))
 
 
+class Beside(nn.Module):
+    """A weight is read by its layer and beside it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(torch.tanh(self.first(x) + self.first.weight.sum(1)))
+
+
+def beside() -> Case:
+    return case(Beside(), torch.randn(9, 4))
+
+
+class Multiplied(nn.Module):
+    """Units that a plain product makes, in front of those of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.randn(4, 6))
+        self.layer, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(torch.tanh(self.layer(torch.tanh(x @ self.factor))))
+
+
 CASES = pytest.mark.parametrize("build", [perceptron, convolutional])
 
 
@@ -140,7 +167,7 @@ def test_slopes_and_curvature_equal_the_explicit_gradient_and_hessian(build: Any
     torch.testing.assert_close(torch.cat(list(saliency.values())), expected.float())
 
 
-@pytest.mark.parametrize("build", [partly_fixed, scaled, forked])
+@pytest.mark.parametrize("build", [partly_fixed, scaled, forked, beside])
 def test_curvature_counts_weights_beside_layers_and_only_what_may_leave(build: Any) -> None:
     model, graph, inputs, targets = build()
     measured = shared(inputs, targets).statistics(model, graph, curvature=True)
@@ -327,6 +354,14 @@ def test_sosp_i_is_greedy_on_the_networks_matrix() -> None:
         assert costs[unit] == pytest.approx(min(costs.values()))
         assert values[unit].item() == pytest.approx(costs[unit] - before, rel=1e-5)
         gone = (*gone, unit)
+
+
+def test_units_that_sosp_i_does_not_see_leave_last() -> None:
+    model, graph, inputs, targets = case(Multiplied(), torch.randn(12, 4))
+    saliency = CRITERIA["sosp_i"]()(model, graph, shared(inputs, targets))
+    assert {name: len(values) for name, values in saliency.items()} == {"factor": 6, "layer": 5}
+    assert saliency["layer"].min() < saliency["layer"].max()
+    assert (saliency["factor"] >= saliency["layer"].max()).all()
 
 
 class Six(nn.Module):

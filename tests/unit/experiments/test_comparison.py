@@ -20,7 +20,7 @@ from paretoprune.experiments.recipes import build_problem
 from paretoprune.experiments.tracking.mlflow_runs import connect
 from paretoprune.experiments.tracking.store import store_of
 from paretoprune.search import evaluate
-from paretoprune.surgery import load, trace
+from paretoprune.surgery import Reconstructor, load, prune, recalibrate, trace
 from tests.unit.experiments.interrupting import interrupted
 
 
@@ -120,13 +120,24 @@ def test_shots_measure_the_network_of_their_plan(untrained: str, tmp_path: Path)
     problem = build_problem("digits", weights=untrained)
     graph = trace(problem.model, problem.example_inputs)
     comparison = Comparison(problem, graph, {"l2": CRITERIA["l2"]()}, tmp_path)
-    for shot in comparison.shots([0.5]):
-        plan = comparison.plan("l2", 0.5, "units")
-        network = comparison.network(plan, shot.recovery)
+    plan = comparison.plan("l2", 0.5, "units")
+    small = prune(problem.model, graph, plan)
+    assert problem.recalibration is not None
+    assert problem.test is not None
+    reconstruct = Reconstructor(problem.model, graph, problem.calibration)
+    networks = {
+        "plain": small,
+        "recalibrated": recalibrate(small, problem.recalibration),
+        "reconstructed": reconstruct(small, plan),
+    }
+    test = problem.test()
+    for shot in comparison.shots([0.5], split=test):
+        network = networks.pop(shot.recovery)
         assert trace(network, problem.example_inputs).cost() == comparison.graph.cost(plan)
-        expected = evaluate(network, problem.validation, problem.loss)["loss"]
+        expected = evaluate(network, test, problem.loss)["loss"]
         assert shot.loss == pytest.approx(expected, rel=1e-4)
         assert shot.macs_ratio == comparison.graph.cost(plan).macs / comparison.graph.cost().macs
+    assert not networks
 
 
 def test_bottlenecks_writes_a_network_that_loads(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from paretoprune.experiments import models, recipes
 from paretoprune.experiments.data import opening
+from paretoprune.experiments.data.splits import split
 from paretoprune.experiments.finetuning import FineTuner
 from paretoprune.experiments.recipes import RECIPES, build_problem
 from paretoprune.experiments.references import import_reference
@@ -154,6 +155,20 @@ def test_a_cifar_recipe_from_the_data_folder(cifar: Path, monkeypatch: pytest.Mo
     assert sum(len(targets) for _, targets in problem.validation) == 20
     assert problem.recalibration is not None
     assert sum(len(targets) for _, targets in problem.recalibration) == 60
+
+
+def test_a_cifar_recipe_ranks_on_augmented_images(
+    cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(recipes.DATA_VARIABLE, str(cifar))
+    found = build_problem("resnet20-cifar10").validation
+    source = opening.load_data(f"cifar10:{cifar / 'data' / 'cifar10'}").train
+    seen, plain = (split(source, seed=0, seen=seen).validation for seen in (True, False))
+    images, expected, other = (
+        torch.cat([inputs for inputs, _ in batches]) for batches in (found, seen, plain)
+    )
+    assert torch.equal(images, expected)
+    assert not torch.equal(images, other)
 
 
 def test_a_cifar_recipe_from_options(cifar: Path) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from torch import Tensor
 
 from paretoprune.criteria import CRITERIA, Bounds
-from paretoprune.search import Candidate, Completed, Failed, Problem, Record, SearchSpace
+from paretoprune.search import (
+    Candidate,
+    Completed,
+    Failed,
+    Problem,
+    Record,
+    SearchSpace,
+    Stopped,
+)
 from paretoprune.search.damage import DamageModel, posterior
 from paretoprune.search.space import OFFSET
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
@@ -131,6 +140,84 @@ def test_failures_teach_nothing_and_without_records_only_the_budget_is_decided(
     model = DamageModel(space, graph, saliencies, seed=0)
     failed = Record(0, Candidate("l2", 0.5), PruningPlan(), graph.cost(), Failed("no"))
     assert model([failed], 1) == space.fixed(1)
+
+
+def metrics_of(record: Record) -> Mapping[str, float]:
+    assert isinstance(record.outcome, Completed)
+    return record.outcome.metrics
+
+
+def test_a_trial_that_was_stopped_teaches_as_one_that_was_completed(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    model = DamageModel(space, graph, saliencies, seed=0, mutated=0.0)
+    truth = Truth(graph, next(iter(space.ties)))
+    whole = search_with(model, truth, space, saliencies, 12)
+    some = [
+        replace(record, outcome=Stopped(metrics_of(record), 0.1)) if record.number % 2 else record
+        for record in whole
+    ]
+    for number in (12, 13):
+        assert model(some, number) == model(whole, number)
+        assert model(some, number) != model(whole[::2], number)
+
+
+def test_losses_of_other_budgets_teach_by_their_shares(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    model = DamageModel(space, graph, saliencies, seed=0, mutated=0.0)
+    truth = Truth(graph, next(iter(space.ties)))
+    records = search_with(model, truth, space, saliencies, 16)
+    scaled = [
+        replace(r, outcome=Completed({"loss": 4 * metrics_of(r)["loss"]}, 0.1))
+        if r.candidate.budget == space.budget(1.0)
+        else r
+        for r in records
+    ]
+    assert 1 < sum(new is not old for new, old in zip(scaled, records, strict=True)) < 15
+    for number in (16, 17):
+        assert model(scaled, number) == model(records, number)
+
+
+@pytest.mark.parametrize(
+    ("known", "nearest"),
+    [
+        ((1.0, 0.85, 0.7, 0.55), {1.0: 1.0, 0.85: 0.85, 0.7: 0.7, 0.55: 0.55}),
+        ((1.0, 0.6), {1.0: 1.0, 0.85: 1.0, 0.7: 0.6, 0.55: 0.6}),
+    ],
+)
+def test_the_parent_is_of_the_budget_that_is_asked_for_or_the_nearest(
+    graph: PruningGraph,
+    saliencies: Saliencies,
+    known: tuple[float, ...],
+    nearest: Mapping[float, float],
+) -> None:
+    named = {str(level): saliencies["l2"] for level in known}
+    space = SearchSpace.of(graph, named, graph.cost().macs // 2, list(graph.blocks))
+    model = DamageModel(space, graph, named, seed=0, mutated=1.0)
+    truth = Truth(graph, next(iter(space.ties)))
+    candidates = [Candidate(str(level), space.budget(level)) for level in known]
+    records = [truth.record(n, each, PruningPlan()) for n, each in enumerate(candidates)]
+    for number in range(8):
+        proposal = model(records, number)
+        assert proposal["criterion"] == str(nearest[proposal["budget"]])
+
+
+def test_mutations_are_halved_every_thirty_trials(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    model = DamageModel(space, graph, saliencies, seed=0, mutated=1.0)
+    truth = Truth(graph, next(iter(space.ties)))
+    parent = Candidate("l2", space.budget(1.0))
+    records = [truth.record(number, parent, PruningPlan()) for number in range(61)]
+    offsets = {f"offset/{tie}" for tie in space.ties.values()}
+
+    def size(trials: int) -> float:
+        proposals = [model(records[:trials], number) for number in range(200)]
+        return float(np.mean([abs(each[name]) for each in proposals for name in offsets]))
+
+    assert size(31) == pytest.approx(size(1) / 2, rel=0.1)
+    assert size(61) == pytest.approx(size(1) / 4, rel=0.1)
 
 
 def test_the_posterior_comes_close_to_true_coefficients() -> None:

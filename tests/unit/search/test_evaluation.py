@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,14 @@ from torch import Tensor, nn
 from paretoprune.criteria import CRITERIA, select
 from paretoprune.criteria.ablation import penultimate_features
 from paretoprune.search import Completed, Failed, Problem, evaluate, evaluation, search
-from paretoprune.search.evaluation import Evaluator, Moved, attempt
-from paretoprune.surgery import PruningPlan, prune, reconstruct, trace
+from paretoprune.search.evaluation import (
+    FINAL_IMAGES,
+    FINAL_SAMPLES,
+    Evaluator,
+    Moved,
+    attempt,
+)
+from paretoprune.surgery import PruningPlan, Reconstructor, prune, reconstruct, trace
 
 
 @pytest.fixture
@@ -213,6 +220,21 @@ def test_what_is_handed_out_is_the_better_of_two_reconstructions(
     for first, second in ((better, worse), (worse, better)):
         given = replace(first, refit=second.calibration)
         assert loss_of(given) == pytest.approx(lowest, rel=1e-5)
+
+
+def test_what_is_handed_out_is_reconstructed_on_more(
+    problem: Problem, plan: PruningPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Reconstructor:
+        given.append(kwargs)
+        return Reconstructor(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "Reconstructor", spy)
+    graph = trace(problem.model, problem.example_inputs)
+    Evaluator(replace(problem, refit=problem.calibration), graph).final(plan, 0)
+    assert given == [{}, {"images": FINAL_IMAGES, "samples": FINAL_SAMPLES}]
 
 
 def test_workers_are_sent_no_data_that_they_do_not_read(problem: Problem) -> None:

@@ -310,6 +310,14 @@ def test_groups_that_bounds_fix_get_no_offset(setting: Setting) -> None:
     assert left < space_of(setting).ties.keys()
 
 
+def test_groups_that_free_next_to_nothing_get_no_offset() -> None:
+    sizes = ((4, 400), (400, 400), (400, 10), (10, 2), (2, 3))
+    layers = [part for size in sizes for part in (nn.Linear(*size), nn.ReLU())]
+    graph = trace(nn.Sequential(*layers), torch.randn(2, 4))
+    assert [group.name for group in graph.open_groups] == ["0", "2", "4", "6"]
+    assert list(ties_of(graph)) == ["0", "2", "4"]  # a unit of the last frees 13 of 166,000 MACs
+
+
 def test_spaces_with_other_bounds_or_granularity_differ(setting: Setting) -> None:
     plain = space_of(setting).to_json()
     assert plain["bounds"] == UNBOUNDED.to_json()
@@ -336,6 +344,20 @@ def test_an_offset_keeps_more_of_its_group(setting: Setting) -> None:
         plan = space.decode(candidate, graph, saliencies)
         kept.append(len(plan.kept.get(group, range(graph.groups[group].size))))
     assert kept[0] < kept[1] < kept[2]
+
+
+def test_an_offset_of_its_groups_keeps_a_block_in_a_joint_ranking(setting: Setting) -> None:
+    graph, saliencies = setting
+    first, *others = graph.blocks
+    weight = float(torch.cat(list(saliencies["l2"].values())).median())
+    scores = {"l2": {first: 0.3 * weight, **dict.fromkeys(others, 100 * weight)}}
+    space = space_of(setting, block_saliencies=scores)
+    removed = []
+    for offset in (0.0, 2.3):
+        offsets = dict.fromkeys(graph.blocks[first].groups, offset)
+        candidate = Candidate("l2", 0.5, "joint", offsets)
+        removed.append(space.decode(candidate, graph, saliencies).removed)
+    assert removed == [(first,), ()]
 
 
 def test_a_space_is_told_apart_by_what_it_decides(setting: Setting) -> None:

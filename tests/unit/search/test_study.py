@@ -223,6 +223,22 @@ def test_a_driver_that_died_while_telling_tells_again(
     study.close()
 
 
+def test_what_is_told_survives_a_loss_of_power(
+    open_study: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Any] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    study = open_study()
+    study.begin([], LIMIT)
+    for outcome in ({}, {"outcome": Failed("no")}, {"outcome": Infeasible("too small")}):
+        trial = study.ask()
+        told = record(trial, share(trial), **outcome)
+        before = len(synced)
+        study.tell(told)
+        assert len(synced) > before
+    study.close()
+
+
 def test_a_second_driver_is_refused(open_study: OpenStudy) -> None:
     study = open_study()
     with pytest.raises(RunLocked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from paretoprune.experiments.models import digits_resnet, resnet20
@@ -50,6 +52,13 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     described = json.loads((folder / "plan.json").read_text())
     described = change(described) or described
     (folder / "plan.json").write_text(json.dumps(described))
+
+
+def rewrite_weights(folder: Path, data: bytes) -> None:
+    """Replaces model.safetensors, and its checksum in plan.json."""
+    (folder / "model.safetensors").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    rewrite(folder, lambda plan: plan.update(sha256=digest))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -378,12 +387,16 @@ def test_a_flipped_byte_is_noticed(position: int, exported: tuple[Path, nn.Modul
 
 
 def test_weights_that_are_no_safetensors_are_refused(exported: tuple[Path, nn.Module]) -> None:
-    import hashlib
-
-    (exported[0] / "model.safetensors").write_bytes(b"not tensors")
-    digest = hashlib.sha256(b"not tensors").hexdigest()
-    rewrite(exported[0], lambda plan: plan.update(sha256=digest))
+    rewrite_weights(exported[0], b"not tensors")
     with pytest.raises(ValueError, match="is no safetensors file"):
+        load(exported[0])
+
+
+def test_weights_of_another_precision_are_refused(exported: tuple[Path, nn.Module]) -> None:
+    weights = load_file(exported[0] / "model.safetensors")
+    weights["conv1.weight"] = weights["conv1.weight"].half()
+    rewrite_weights(exported[0], serialize(weights))
+    with pytest.raises(ValueError, match=r"tensor 'conv1\.weight' has another rank or dtype"):
         load(exported[0])
 
 

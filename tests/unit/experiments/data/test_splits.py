@@ -32,7 +32,7 @@ BALANCED = numbered(torch.arange(4000) % 10)
 
 
 def test_validation_shares_nothing_with_the_other_splits() -> None:
-    splits = split(BALANCED, seed=0)
+    splits = split(BALANCED, seed=0, sizes=Sizes(100, 200, 400, 300))
     validation = set(positions(splits.validation))
     calibration = set(positions(splits.calibration))
     recalibration = set(positions(splits.recalibration))
@@ -40,6 +40,8 @@ def test_validation_shares_nothing_with_the_other_splits() -> None:
     assert calibration < recalibration
     assert validation | set(splits.training.tolist()) == set(range(4000))
     assert len(validation) + len(splits.training) == 4000
+    assert splits.refit is not None
+    assert positions(list(splits.refit)) == splits.training[:300].tolist()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from paretoprune.experiments.runs import RunSpec
 from paretoprune.search import Candidate, Completed, Failed, Problem, Record
 from paretoprune.search.evaluation import Evaluator
 from paretoprune.search.latency import Latency, measure_latency
+from paretoprune.search.metrics import evaluate
 from paretoprune.surgery import PruningPlan, load, prune, trace
 
 PLAN = PruningPlan({"layer1.0.conv1": (0, 2, 4), "layer2.0.conv1": tuple(range(8))}, ("layer3.1",))
@@ -85,7 +86,10 @@ def test_the_card_states_what_was_measured(
     assert isinstance(record.outcome, Completed)
     assert f"| loss, search split | {done.dense.search['loss']:.4f} |" in card
     assert f"{100 * record.outcome.metrics['accuracy']:.2f} %" in card
-    assert "accuracy, test split" in card
+    for network, measured in ((problem.model, done.dense), (done.model, done.small)):
+        assert problem.test is not None
+        expected = {**evaluate(network, problem.test()), "examples": 32}
+        assert measured.test == pytest.approx(expected)
     assert "The test split, 32 examples that the search chose nothing by" in card
     assert "Trial 3 of run `first`, found by the search" in card
     assert "removed: layer3.1" in card
@@ -96,6 +100,20 @@ def test_the_card_states_what_was_measured(
     assert "outputs equal" in verdict(done.directory, done.dense, done.small)
     size = (tmp_path / "small" / "model.safetensors").stat().st_size
     assert abs(size - done.small.file_bytes) <= 64
+
+
+def test_the_card_says_how_much_accuracy_was_lost(
+    problem: Problem, record: Record, tmp_path: Path
+) -> None:
+    images = torch.randn(200, 1, 8, 8)
+    with torch.no_grad():
+        learnt = [(images, problem.model(images).argmax(1))]
+        done = export(replace(problem, test=lambda: learnt), record, tmp_path / "small")
+        right = 100 * float((done.model(images).argmax(1) == learnt[0][1]).float().mean())
+    assert right < 100
+    card = (tmp_path / "small" / "README.md").read_text()
+    row = f"| 100.00 % | {right:.2f} % | -{100 - right:.2f} points |"
+    assert f"| accuracy, test split {row}" in card
 
 
 @pytest.mark.usefixtures("ascii_locale")

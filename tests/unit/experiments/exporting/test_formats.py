@@ -141,6 +141,20 @@ def test_a_file_that_computes_something_else_is_refused(
         written("pt2", tmp_path, *networks, images(3))
 
 
+def test_a_file_that_is_wrong_for_one_example_alone_is_refused(
+    networks: tuple[nn.Module, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pt2 = FORMATS["pt2"]
+
+    def opened(file: Path) -> Callable[[Any], Any]:
+        run = pt2.open(file)
+        return lambda inputs: run(inputs) + float(len(inputs) == 1)
+
+    monkeypatch.setitem(FORMATS, "pt2", replace(pt2, open=opened))
+    with pytest.raises(ExportFailed, match=r"model\.pt2 does not compute .* on real inputs"):
+        written("pt2", tmp_path, *networks, images(3))
+
+
 def test_outputs_that_are_not_numbers_are_no_match(tmp_path: Path) -> None:
     class Nan(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ import builtins
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from paretoprune.experiments.measuring import energy, reports
 from paretoprune.experiments.measuring.energy import (
     Meter,
     check_energy,
@@ -21,6 +24,8 @@ from paretoprune.experiments.measuring.energy import (
 )
 from paretoprune.experiments.measuring.reports import parse_reports
 from paretoprune.experiments.models import digits_resnet
+from paretoprune.search import Problem
+from paretoprune.surgery.progress import silent
 
 
 def test_work_takes_energy_and_time() -> None:
@@ -46,6 +51,30 @@ def test_energy_is_per_thousand_examples() -> None:
     used = inference_energy(digits_resnet(), torch.randn(20, 1, 8, 8), 20, 0.5)
     assert 0 < used.seconds < 60
     assert used.kwh > 0
+
+
+def test_the_energy_of_all_passes_is_shared_by_their_examples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[None] = []
+    model = digits_resnet()
+    model.register_forward_hook(lambda *_given: calls.append(None))
+    meter = Meter(kwh=1e-6, kg=2e-6, seconds=3.0)
+    monkeypatch.setattr(energy, "metered", lambda: nullcontext(meter))
+    used = inference_energy(model, torch.randn(20, 1, 8, 8), 20, 0.05)
+    share = 1000 / (20 * (len(calls) - 1))  # the first pass warms up
+    assert astuple(used) == pytest.approx((1e-6 * share, 2e-6 * share, 3 * share))
+
+
+def test_the_report_on_energy_is_in_joules_and_grams(monkeypatch: pytest.MonkeyPatch) -> None:
+    meters = iter([Meter(kwh=2 / 3.6e6, kg=0.004), Meter(kwh=1 / 3.6e6, kg=0.001)])
+    monkeypatch.setattr(reports, "inference_energy", lambda *_given: next(meters))
+    model, batches = digits_resnet(), [(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())]
+    problem = Problem(model, batches[0][0], batches, batches)
+    report = reports.REPORTS["energy"](problem, model, model, silent)
+    assert report.dense == pytest.approx({"energy_joules_per_1000": 2, "co2_grams": 4})
+    assert report.pruned == pytest.approx({"energy_joules_per_1000": 1, "co2_grams": 1})
+    assert report.line == "energy   1 J per 1,000 examples (dense 2 J, -50.0 %)"
 
 
 def test_drivers_of_a_run_add_up(tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ def test_a_higher_severity_changes_more(name: str) -> None:
     assert strong > 1.3 * weak
 
 
+def test_glass_of_a_higher_severity_changes_a_little_more() -> None:
+    images = smooth(16)
+    weak, strong = (
+        float((corrupt(images, "glass_blur", severity, seed=0) - images).abs().mean())
+        for severity in (0, 4)
+    )
+    assert strong > 1.1 * weak
+
+
 @pytest.mark.parametrize("name", ["gaussian_noise", "motion_blur", "fog", "elastic_transform"])
 def test_another_seed_draws_other_corruptions(name: str) -> None:
     images = smooth()
@@ -73,8 +82,11 @@ def test_noise_has_its_spread() -> None:
     grey = torch.full((8, 3, 32, 32), 0.5)
     assert float(corrupt(grey, "gaussian_noise", 0, 0).std()) == pytest.approx(0.04, rel=0.02)
     assert float(corrupt(grey, "shot_noise", 4, 0).std()) == pytest.approx(0.1, rel=0.03)
-    flipped = corrupt(grey, "impulse_noise", 4, 0) != 0.5
-    assert float(flipped.float().mean()) == pytest.approx(0.07, rel=0.1)
+    noisy = corrupt(grey, "impulse_noise", 4, 0)
+    flipped = noisy[noisy != 0.5]
+    assert len(flipped) / noisy.numel() == pytest.approx(0.07, rel=0.1)
+    assert set(flipped.tolist()) == {0.0, 1.0}
+    assert float(flipped.mean()) == pytest.approx(0.5, abs=0.05)
 
 
 MEAN, STD = torch.tensor([0.3]).view(1, 1, 1, 1), torch.tensor([0.2]).view(1, 1, 1, 1)
@@ -99,6 +111,20 @@ def test_fgsm_moves_every_pixel_by_epsilon_against_the_network() -> None:
     assert after > before
 
 
+def by_hand(model: nn.Module, batches: Batches, source: ImageArray, name: str) -> float:
+    """Accuracy under a corruption, averaged over its severities."""
+    mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (source.mean, source.std))
+    right = []
+    for severity in range(SEVERITIES):
+        for number, (inputs, targets) in enumerate(batches):
+            pixels = (inputs * std + mean).clamp(0, 1)
+            corrupted = corrupt(pixels, name, severity, seed=number)
+            with torch.no_grad():
+                outputs = model.eval()((corrupted - mean) / std)
+            right += (outputs.argmax(1) == targets).tolist()
+    return sum(right) / len(right)
+
+
 def test_a_trained_network_suffers_more_from_stronger_attacks() -> None:
     data = load_data("digits")
     assert data.test is not None
@@ -116,6 +142,7 @@ def test_a_trained_network_suffers_more_from_stronger_attacks() -> None:
     assert found["corrupted"] == pytest.approx(
         sum(found[name] for name in CORRUPTIONS) / len(CORRUPTIONS)
     )
+    assert found["contrast"] == pytest.approx(by_hand(model, few, test.source, "contrast"))
     assert found == robustness(model, few)
     table = summary(found, found)
     assert len(table) == 2 + 4 + len(CORRUPTIONS)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from paretoprune.criteria import Bounds
 from paretoprune.experiments.comparison import Shot
 from paretoprune.experiments.runs import RunSpec, create_run
 from paretoprune.experiments.showing import page
@@ -120,6 +122,8 @@ def test_a_search_becomes_a_parent_and_a_child_per_trial(folder: Path, view: Sea
     }
     pareto = {number for number, run in children.items() if run.data.tags["pareto"] == "true"}
     assert pareto == {1, 3, 4}
+    taken = {number: run.info.end_time - run.info.start_time for number, run in children.items()}
+    assert (taken[1], taken[2]) == (1500, 0)  # in milliseconds, as the records say
     assert children[5].info.status == "FAILED"
     assert children[5].data.tags["reason"] == "ValueError: not finite"
     assert {run.data.tags["origin"] for run in children.values()} == {"seed", "sampler"}
@@ -133,6 +137,36 @@ def test_a_search_becomes_a_parent_and_a_child_per_trial(folder: Path, view: Sea
     assert files == {f"pareto/{name}.png" for name in names} | pages
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
     assert curve_of(history) == expected_curve(view)
+    best = curve_of(client.get_metric_history(parent.info.run_id, "best_loss"))
+    assert best == [(0, 0.5), (1, 0.2), (3, 0.2), (4, 0.2), (6, 0.2)]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_parent_says_what_is_searched(folder: Path, view: SearchView) -> None:
+    bounds = Bounds(multiple=8, max_ratio=0.8, exclude=("stem", "layer1*"))
+    spec = RunSpec("digits", 0.5, 7, ("l2", "taylor"), bounds=bounds, weights="w", seed=3)
+    MlflowListener(folder, spec).started(info_of(view))
+    params = runs_in(folder)[1].data.params
+    assert {name: params[name] for name in params if not name.startswith("version_")} == {
+        "model": "digits",
+        "data": "of the model",
+        "weights": "w",
+        "strategy": "optuna",
+        "finetune": "0",
+        "target_macs": "500000",
+        "criteria": "l2, taylor",
+        "objectives": "loss, macs",
+        "granularity": "group",
+        "bounds": "multiple 8, max_ratio 0.8, exclude stem layer1*",
+        "sampler": "damage",
+        "seed": "3",
+        "dense_macs": "1000000",
+        "dense_params": "20000",
+        "dense_macs_by_thop": "not countable",
+        "dense_loss": "0.01",
+        "dense_accuracy": "0.99",
+    }
+    assert params["version_torch"] == version("torch")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -382,13 +416,17 @@ def test_an_export_becomes_a_model_that_loads_without_pickle(
 
     played(MlflowListener(folder, SPEC), view)
     client, _, children = runs_in(folder)
+    run, tracked = children[3].info, Tracked.of(folder, SPEC)
+    client.set_terminated(run.run_id, "FAILED", run.end_time)
+    played(MlflowListener(folder, RunSpec("made-up", 0.5, 7, ("l2",))), view)  # has a trial 3, too
     export = folder.parent / "exported"
     export.mkdir()
     (export / "README.md").write_text("a card")
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
     store = store_of(folder.parent)
-    tracked, example = Tracked.of(folder, SPEC), torch.zeros(2, 4)
-    uri = register_export(tracked, 3, "made:up", export, model, example, about="a card")
+    example, measured = torch.zeros(2, 4), {"fgsm_8": 0.5}
+    given = (tracked, 3, "made:up", export, model, example)
+    uri = register_export(*given, about="a card", metrics=measured)
     assert uri == "models:/made-up@exported"
     assert store_of(folder.parent) == store  # MLflow's own setting is as it was
     assert client.get_model_version("made-up", "1").description == "a card"
@@ -397,7 +435,10 @@ def test_an_export_becomes_a_model_that_loads_without_pickle(
         loaded = mlflow.pytorch.load_model(uri)
     inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32))
     torch.testing.assert_close(loaded(inputs), model(inputs), rtol=0, atol=0)
-    files = [one.path for one in client.list_artifacts(children[3].info.run_id, "export")]
+    files = [one.path for one in client.list_artifacts(run.run_id, "export")]
     assert files == ["export/README.md"]
+    after = client.get_run(run.run_id)
+    assert after.data.metrics == children[3].data.metrics | measured
+    assert (after.info.status, after.info.end_time) == ("FAILED", run.end_time)
     with pytest.raises(LookupError, match="no run of trial 99"):
         register_export(tracked, 99, "made:up", export, model, example)
