@@ -116,7 +116,8 @@ def _check_classes(problem: Problem) -> None:
     inputs, targets = next(iter(problem.calibration))
     with evaluating(problem.model), torch.no_grad():
         outputs = forward(problem.model, inputs)
-    if isinstance(outputs, Tensor) and outputs.dim() > 1 and outputs.shape[1] > 1:
+    tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    if tensors and outputs.dim() > 1 and outputs.shape[1] > 1:
         integers = not targets.is_floating_point()
         classes = integers and outputs.shape[:1] + outputs.shape[2:] == targets.shape
         if classes or problem.loss is F.cross_entropy:  # of which a search has checked the targets
@@ -124,9 +125,12 @@ def _check_classes(problem: Problem) -> None:
     got = (
         f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
     )
-    kind = "floats" if targets.is_floating_point() else "integers"
+    kind = f"a {type(targets).__name__}"
+    if isinstance(targets, Tensor):
+        numbers = "floats" if targets.is_floating_point() else "integers"
+        kind = f"{numbers} of shape {tuple(targets.shape)}"
     raise ValueError(
         f"distillation compares probabilities of classes, so that a network returns a tensor of "
         f"shape (n, classes, ...) for targets that are classes, (n, ...), but {problem.name} "
-        f"returns {got} for {kind} of shape {tuple(targets.shape)}; train without it."
+        f"returns {got} for {kind}; train without it."
     )

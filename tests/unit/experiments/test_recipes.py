@@ -273,6 +273,9 @@ def test_only_logits_of_classes_are_distilled() -> None:
         ValueError, match=r"distillation compares .* but .* returns shape \(\d+, 1\)"
     ):
         FineTuner.of(replace(problem, model=one), distil=True)
+    several = [(inputs, {"kind": targets}) for inputs, targets in problem.calibration]
+    with pytest.raises(ValueError, match=r"returns shape \(\d+, \d+\) for a dict; train without"):
+        FineTuner.of(replace(problem, calibration=several), distil=True)
 
 
 @pytest.mark.parametrize(
