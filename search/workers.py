@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 from ray import cloudpickle, tune
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.train._internal import storage
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher as TuneSearcher
@@ -40,6 +41,8 @@ _Node = tuple[int, float]
 """Cores and GPUs."""
 
 _RETRIES = 2  # of an evaluation whose worker died
+_UNREACHABLE = 60  # times, a second apart, that a worker may be out of reach beside that
+_PAUSE = 1.0  # seconds
 _PER_GPU = 4  # workers that share a GPU by default
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Where a container finds the core time that it may use in a period, and the period."""
@@ -209,6 +212,9 @@ class _TuneSearch(TuneSearcher):
             return
         error = cloudpickle.loads(Path(file).read_bytes())
         self._failures[trial.trial_id] = one_line(error)
+        if isinstance(error, ActorUnavailableError) and trial.max_failures < _UNREACHABLE:
+            trial.max_failures += 1  # of a dead node, until Ray notices that it places on one
+            time.sleep(_PAUSE)
         never = isinstance(error, RayActorError) and error.actor_init_failed
         if never and not self._told:  # else it is this node's, such as one that came late
             reason = str(error).strip().splitlines()[-1]  # where Ray puts what the actor raised

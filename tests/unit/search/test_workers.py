@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray import cloudpickle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from paretoprune.search import Completed
 from paretoprune.search import workers as module
@@ -100,6 +100,27 @@ def test_cores_are_those_that_a_container_may_use(
     (tmp_path / "cpu.max").write_text(said)
     monkeypatch.setattr(module, "_QUOTA", tmp_path / "cpu.max")
     assert _cores() == min(cores, limit)
+
+
+def test_a_worker_that_is_out_of_reach_costs_its_evaluation_no_try(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray goes on to place evaluations on a node that is dead until it notices that."""
+    monkeypatch.setattr(module, "_PAUSE", 0.0)
+    file = tmp_path / "error"
+    trial: Any = SimpleNamespace(trial_id="first", pickled_error_file=str(file), max_failures=2)
+    nothing: Any = SimpleNamespace()
+    search = _TuneSearch(nothing, 1)
+    file.write_bytes(cloudpickle.dumps(ActorUnavailableError("socket closed", None)))
+    search.failed(trial)
+    assert trial.max_failures == 3
+    file.write_bytes(cloudpickle.dumps(RayActorError("killed")))
+    search.failed(trial)
+    assert trial.max_failures == 3
+    trial.max_failures = 60
+    file.write_bytes(cloudpickle.dumps(ActorUnavailableError("socket closed", None)))
+    search.failed(trial)
+    assert trial.max_failures == 60, "not for ever"
 
 
 def test_workers_that_cannot_start_end_a_search_that_has_found_nothing_yet(
