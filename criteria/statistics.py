@@ -39,7 +39,13 @@ _ELEMENTWISE = {"dropout", "feature_dropout", "clone", "contiguous", "alias", "d
 
 
 def loss_on(loss: Loss, device: torch.device, dtype: torch.dtype | None = None) -> Loss:
-    """Returns a loss on a device: of a module with tensors, such as class weights, a copy."""
+    """Returns a loss on a device: of a module with tensors, such as class weights, a copy.
+
+    Args:
+        loss: (outputs, targets) -> scalar mean loss.
+        device: Where outputs and targets are.
+        dtype: That floating-point tensors take on; None leaves theirs.
+    """
     return copy.deepcopy(loss).to(device, dtype) if isinstance(loss, nn.Module) else loss
 
 

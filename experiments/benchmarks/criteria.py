@@ -40,7 +40,6 @@ from paretoprune.experiments.showing.comparison_plot import comparison_png
 from paretoprune.search import Problem, evaluate
 from paretoprune.search.problem import Batch
 from paretoprune.surgery import PruningGraph, recalibrate, trace
-from paretoprune.surgery.inputs import count_rows
 
 SEEDS = (0, 1, 2)
 SEARCHED = 1000
@@ -122,7 +121,7 @@ def ours(
 
 
 def _count(batches: Iterable[Batch]) -> int:
-    return sum(count_rows(targets) for _, targets in batches)
+    return sum(len(targets) for _, targets in batches)
 
 
 def row(tool: str, seed: int, shot: Shot, search_loss: float | None, images: int) -> Row:

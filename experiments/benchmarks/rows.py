@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from paretoprune.search import Batch
-from paretoprune.surgery.inputs import count_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -50,5 +49,5 @@ def first_batches(batches: Iterable[Batch], examples: int) -> list[Batch]:
         if examples <= 0:
             break
         taken.append((inputs[:examples], targets[:examples]))
-        examples -= count_rows(targets)
+        examples -= len(targets)
     return taken

@@ -20,6 +20,7 @@ from paretoprune.search import (
     Stopped,
 )
 from paretoprune.search.damage import DamageModel, posterior
+from paretoprune.search.show import metrics_of
 from paretoprune.search.space import OFFSET
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
 from tests.unit.search.test_space import Suggests
@@ -140,11 +141,6 @@ def test_failures_teach_nothing_and_without_records_only_the_budget_is_decided(
     model = DamageModel(space, graph, saliencies, seed=0)
     failed = Record(0, Candidate("l2", 0.5), PruningPlan(), graph.cost(), Failed("no"))
     assert model([failed], 1) == space.fixed(1)
-
-
-def metrics_of(record: Record) -> Mapping[str, float]:
-    assert isinstance(record.outcome, Completed)
-    return record.outcome.metrics
 
 
 def test_a_trial_that_was_stopped_teaches_as_one_that_was_completed(

@@ -271,13 +271,14 @@ def test_an_absent_server_costs_one_sentence(
     assert "http://127.0.0.1:9" in said[0]
 
 
+def refuse(uri: str) -> None:
+    raise ConnectionError("refused")
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_a_server_that_comes_back_gets_everything_at_the_end(
     folder: Path, view: SearchView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(uri: str) -> None:
-        raise ConnectionError("refused")
-
     said: list[str] = []
     listener = MlflowListener(folder, SPEC, warn=said.append)
     with monkeypatch.context() as patch:
@@ -293,9 +294,6 @@ def test_a_server_that_comes_back_gets_everything_at_the_end(
 def test_a_server_that_comes_back_is_found_while_the_search_goes_on(
     folder: Path, view: SearchView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(uri: str) -> None:
-        raise ConnectionError("refused")
-
     said: list[str] = []
     listener = MlflowListener(folder, SPEC, warn=said.append)
     with monkeypatch.context() as patch:
