@@ -79,15 +79,13 @@ class Bounds:
     def counts(self, graph: PruningGraph, group: PrunableGroup) -> Tensor:
         """Returns the numbers of units that a group may keep, float64, ascending, at least one."""
         size = group.size
-        every = torch.arange(1.0, size + 1, dtype=torch.float64)
         if self.exclude and group.name in _whole(graph, self.exclude):
-            return every[-1:]
+            return torch.tensor([float(size)], dtype=torch.float64)
         least = max(min(self.minimum, size), math.ceil(size * (1 - self.max_ratio) - _EXACT))
-        even = every.remainder(_step(group, self.multiple)) == 0
-        even[-1] = True
-        counts = every[even & (every >= least)]
-        most = max(math.floor(size * (1 - self.min_ratio) + _EXACT), int(counts[0]))
-        return counts[counts <= most]
+        step = _step(group, self.multiple)
+        counts = [*range(-(-least // step) * step, size, step), size]
+        most = max(math.floor(size * (1 - self.min_ratio) + _EXACT), counts[0])
+        return torch.tensor([each for each in counts if each <= most], dtype=torch.float64)
 
     def blocks(self, graph: PruningGraph) -> tuple[str, ...]:
         """Returns the names of the blocks that may be removed whole, in execution order."""

@@ -13,12 +13,15 @@ expects at a budget. As in SPDY (Frantar & Alistarh, ICML 2022, arXiv:2201.13096
 is how far to trust each layer's own error; here every trial teaches about all of them at once.
 
 Damages only nearly add up, so every second plan, by chance, is a mutation of one of the best plans
-instead, in a few groups.
+instead, in a few groups: of several mutants the one that loses least by the coefficients drawn.
+And what is good at one budget is nearly as good at another: the best decisions of every budget are
+tried at the others as they are. Small steps often decode to a plan that was tried before, which
+would teach nothing; then others are drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +30,8 @@ from torch import Tensor
 
 from paretoprune.search.candidate import Candidate
 from paretoprune.search.record import Completed, Record, Stopped
-from paretoprune.search.space import OFFSET, SPARED, SearchSpace, base_saliency
-from paretoprune.surgery import PruningGraph, PruningPlan
+from paretoprune.search.space import OFFSET, SPARED, Decided, SearchSpace, base_saliency
+from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan
 
 Array = NDArray[np.float64]
 MUTATED = 0.5
@@ -38,6 +41,8 @@ _BEST = 0.5  # chance that the best trial is the parent; else the next one, and 
 _GROUPS = 0.15  # share of the offsets that a mutation changes
 _STEP, _HALVED = 0.6, 30  # its standard deviation, and after how many trials it is halved
 _BLOCK = 0.15  # share of trials that remove a block more or less than their parent
+_MUTANTS = 8  # so many are drawn, of which the model takes one
+_DRAWS, _GROWTH = 4, 2.0  # most draws for a plan that is new, and how steps grow with each
 
 
 class DamageModel:
@@ -68,14 +73,14 @@ class DamageModel:
         self._ties = list(dict.fromkeys(space.ties.values()))
         self._saved = {name: _saved_per_unit(graph, name) for name in space.ties}
         self._ladders: dict[tuple[str, bool], dict[str, Array]] = {}
-        self._known: dict[int, Array] = {}
+        self._claimed: dict[int, Array] = {}
 
     def __call__(self, records: Sequence[Record], number: int) -> dict[str, Any]:
         """Returns all parameters of a trial.
 
-        Its criterion, allocation and number of removed blocks are those of one of the best trials
-        at its budget; the offsets are drawn or mutated. Without offsets there is nothing to learn,
-        and only the budget is decided.
+        Its criterion, allocation and number of removed blocks are those of one of the best trials,
+        at its budget or at another; the offsets are that trial's, drawn or mutated. Without
+        offsets there is nothing to learn, and only the budget is decided.
 
         Args:
             records: The finished trials.
@@ -88,16 +93,37 @@ class DamageModel:
         )
         if not done or not self._ties:
             return {"budget": level}
+        known = {record.plan for record in records if record.plan is not None}
         generator = np.random.default_rng([self._seed, number])
-        parent = self._parent(level, done, generator)
-        if generator.random() < self._mutating:
-            offsets = self._mutated(parent, len(done), generator)
-        else:
-            offsets = np.log(self._coefficients(_like(parent, done), generator))
-        offsets -= offsets.mean()
-        removed = len(parent.removed)
-        if generator.random() < _BLOCK:
-            removed += generator.choice((-1, 1))
+        first = _STEP * 0.5 ** (len(done) / _HALVED)
+        for growth in _GROWTH ** np.arange(_DRAWS):
+            parent = self._parent(level, done, generator)
+            if parent.budget != self._space.budget(level):
+                same = self._at(level, parent, self._offsets(parent), len(parent.removed))
+                if self._new_plan(same, known) is not None:
+                    return same  # decisions that are good elsewhere come before changed ones
+            coefficients = self._coefficients(_like(parent, done), generator)
+            offsets = [np.log(coefficients)]
+            if generator.random() < self._mutating * growth:
+                own, step = self._offsets(parent), first * growth
+                offsets = [_mutated(own, step, generator) for _ in range(_MUTANTS)]
+            blocks = len(parent.removed)
+            options = [
+                self._at(level, parent, each - each.mean(), blocks + _more_blocks(generator))
+                for each in offsets
+            ]
+            plans = [self._new_plan(each, known) for each in options]
+            expected = [
+                (float(self._claim(plan, parent) @ coefficients), place)
+                for place, plan in enumerate(plans)
+                if plan is not None
+            ]
+            if expected:
+                return options[min(expected)[1]]
+        return options[0]
+
+    def _at(self, level: float, parent: Candidate, offsets: Array, removed: int) -> dict[str, Any]:
+        """Returns the parameters of a parent at a budget, with other offsets and blocks."""
         parameters = self._space.parameters(
             parent.criterion,
             level,
@@ -109,30 +135,46 @@ class DamageModel:
             for tie, value in zip(self._ties, offsets.clip(-OFFSET, OFFSET), strict=True)
         }
 
-    def _mutated(self, parent: Candidate, trials: int, generator: np.random.Generator) -> Array:
-        """Returns the parent's offsets with a few of them changed, shape (n_offsets,)."""
-        of_tie = {tie: parent.offsets.get(group, 0.0) for group, tie in self._space.ties.items()}
-        offsets = np.array([of_tie[tie] for tie in self._ties])
-        changed = generator.random(len(offsets)) < _GROUPS
-        changed[generator.integers(len(offsets))] = True
-        step = _STEP * 0.5 ** (trials / _HALVED)
-        return offsets + changed * generator.normal(scale=step, size=len(offsets))
+    def _new_plan(
+        self, parameters: Mapping[str, Any], known: Collection[PruningPlan]
+    ) -> PruningPlan | None:
+        """Returns the plan of parameters, None if there is none or it was tried before."""
+        candidate = self._space.suggest(Decided(parameters))
+        try:
+            plan = self._space.decode(candidate, self._graph, self._saliencies)
+        except InfeasibleBudget:
+            return None
+        return None if plan in known else plan
+
+    def _offsets(self, candidate: Candidate) -> Array:
+        """Returns the offsets of a candidate, shape (n_offsets,)."""
+        of_tie = {
+            tie: candidate.offsets.get(group, 0.0) for group, tie in self._space.ties.items()
+        }
+        return np.array([of_tie[tie] for tie in self._ties])
 
     def _parent(
         self, level: float, done: Sequence[Record], generator: np.random.Generator
     ) -> Candidate:
-        """Returns one of the best decisions at a budget, or the nearest, the best likeliest."""
-        budgets = sorted(
-            {record.candidate.budget for record in done},
-            key=lambda budget: abs(budget - self._space.budget(level)),
+        """Returns one of the best decisions, the best likeliest.
+
+        That is by its rank among the trials of its own budget; of equal ranks the one at the
+        nearest budget comes first.
+        """
+        own = self._space.budget(level)
+        at: dict[float, list[Record]] = {}
+        for record in sorted(done, key=_loss):
+            at.setdefault(record.candidate.budget, []).append(record)
+        ranked = sorted(
+            (rank, abs(budget - own), record.number, record.candidate)
+            for budget, records in at.items()
+            for rank, record in enumerate(records)
         )
-        near = [record for record in done if record.candidate.budget == budgets[0]]
-        near.sort(key=lambda record: (_loss(record), record.number))
-        return near[min(int(generator.geometric(_BEST)) - 1, len(near) - 1)].candidate
+        return ranked[min(int(generator.geometric(_BEST)) - 1, len(ranked) - 1)][-1]
 
     def _coefficients(self, records: Sequence[Record], generator: np.random.Generator) -> Array:
         """Returns a draw of the coefficient of each offset, shape (n_offsets,)."""
-        claims = np.stack([self._claim(record) for record in records])
+        claims = np.stack([self._claim_of(record) for record in records])
         damage = np.array([_loss(record) for record in records])
         budgets = np.array([record.candidate.budget for record in records])
         for budget in np.unique(budgets):  # what is learnt are shares, so budgets can be pooled
@@ -145,19 +187,22 @@ class DamageModel:
         draw = mean + np.linalg.solve(factor.T, generator.normal(size=len(mean)))
         return np.clip(draw[1:], np.exp(-OFFSET), np.exp(OFFSET))
 
-    def _claim(self, record: Record) -> Array:
+    def _claim_of(self, record: Record) -> Array:
         """Returns D of the groups of each offset, shape (n_offsets,)."""
-        if record.number not in self._known:
-            plan, uniform = record.plan, record.candidate.allocation == "uniform"
-            assert plan is not None, "what was evaluated has a plan"
-            ladders = self._ladder(record.candidate.criterion, uniform)
-            inside = {g for block in plan.removed for g in self._graph.blocks[block].groups}
-            claims = dict.fromkeys(self._ties, 0.0)
-            for name, tie in self._space.ties.items():
-                kept = 0 if name in inside else len(plan.kept.get(name, ladders[name][1:]))
-                claims[tie] += float(ladders[name][len(ladders[name]) - 1 - kept])
-            self._known[record.number] = np.array(list(claims.values()))
-        return self._known[record.number]
+        if record.number not in self._claimed:
+            assert record.plan is not None, "what was evaluated has a plan"
+            self._claimed[record.number] = self._claim(record.plan, record.candidate)
+        return self._claimed[record.number]
+
+    def _claim(self, plan: PruningPlan, candidate: Candidate) -> Array:
+        """Returns D by a candidate's saliencies of the groups of each offset, (n_offsets,)."""
+        ladders = self._ladder(candidate.criterion, candidate.allocation == "uniform")
+        inside = {g for block in plan.removed for g in self._graph.blocks[block].groups}
+        claims = dict.fromkeys(self._ties, 0.0)
+        for name, tie in self._space.ties.items():
+            kept = 0 if name in inside else len(plan.kept.get(name, ladders[name][1:]))
+            claims[tie] += float(ladders[name][len(ladders[name]) - 1 - kept])
+        return np.array(list(claims.values()))
 
     def _ladder(self, criterion: str, uniform: bool) -> dict[str, Array]:
         """Returns by group D after each number of units that go, shape (group.size + 1,)."""
@@ -170,6 +215,18 @@ class DamageModel:
                 for name, saved in self._saved.items()
             }
         return self._ladders[key]
+
+
+def _mutated(offsets: Array, step: float, generator: np.random.Generator) -> Array:
+    """Returns offsets with a few of them changed, shape (n_offsets,)."""
+    changed = generator.random(len(offsets)) < _GROUPS
+    changed[generator.integers(len(offsets))] = True
+    return offsets + changed * generator.normal(scale=step, size=len(offsets))
+
+
+def _more_blocks(generator: np.random.Generator) -> int:
+    """Returns how many blocks more than its parent a plan removes: mostly none."""
+    return int(generator.choice((-1, 1))) if generator.random() < _BLOCK else 0
 
 
 def _like(parent: Candidate, done: Sequence[Record]) -> list[Record]:

@@ -59,6 +59,29 @@ class Suggester(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A suggester whose parameters are decided.
+
+    Attributes:
+        parameters: By name.
+    """
+
+    parameters: Mapping[str, Any]
+
+    def suggest_float(self, name: str, low: float, high: float) -> float:
+        """Returns the parameter."""
+        return float(self.parameters[name])
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        """Returns the parameter."""
+        return int(self.parameters[name])
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Returns the parameter."""
+        return self.parameters[name]
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """What the sampler of one search decides.

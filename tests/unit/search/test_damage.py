@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from paretoprune.search import (
 )
 from paretoprune.search.damage import DamageModel, posterior
 from paretoprune.search.show import metrics_of
-from paretoprune.search.space import OFFSET
+from paretoprune.search.space import OFFSET, Decided
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
 from tests.unit.search.test_space import Suggests
 
@@ -90,8 +91,8 @@ def test_it_spares_the_group_that_matters(
         records = search_with(model, truth, space, saliencies, 40)
         at_target = [r for r in records if r.candidate.budget == space.budget(1.0)]
         losses = [truth.loss(r.plan) for r in at_target if r.plan is not None]
-        assert min(losses[3:]) < min(losses[:3])
-        assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:3])
+        assert min(losses[3:]) <= min(losses[:3])  # which may be the best there is
+        assert sorted(losses[-8:])[2] < 0.5 * np.mean(losses[:3])  # the rest explores
         late = [r.candidate.offsets for r in records[25:]]
         others = [tie for tie in space.ties if tie != sore]
         assert np.mean([o[sore] for o in late]) > np.mean([[o[t] for t in others] for o in late])
@@ -175,28 +176,65 @@ def test_losses_of_other_budgets_teach_by_their_shares(
         assert model(scaled, number) == model(records, number)
 
 
-@pytest.mark.parametrize(
-    ("known", "nearest"),
-    [
-        ((1.0, 0.85, 0.7, 0.55), {1.0: 1.0, 0.85: 0.85, 0.7: 0.7, 0.55: 0.55}),
-        ((1.0, 0.6), {1.0: 1.0, 0.85: 1.0, 0.7: 0.6, 0.55: 0.6}),
-    ],
-)
-def test_the_parent_is_of_the_budget_that_is_asked_for_or_the_nearest(
-    graph: PruningGraph,
-    saliencies: Saliencies,
-    known: tuple[float, ...],
-    nearest: Mapping[float, float],
+def test_parents_are_the_best_of_every_budget_and_likeliest_of_the_own_or_the_nearest(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
 ) -> None:
-    named = {str(level): saliencies["l2"] for level in known}
+    named = {str(level): saliencies["l2"] for level in space.levels}
     space = SearchSpace.of(graph, named, graph.cost().macs // 2, list(graph.blocks))
     model = DamageModel(space, graph, named, seed=0, mutated=1.0)
     truth = Truth(graph, next(iter(space.ties)))
-    candidates = [Candidate(str(level), space.budget(level)) for level in known]
+    candidates = [Candidate(str(level), space.budget(level)) for level in space.levels]
+    worse = [Candidate("worse", space.budget(level)) for level in space.levels]
     records = [truth.record(n, each, PruningPlan()) for n, each in enumerate(candidates)]
-    for number in range(8):
+    records += [
+        replace(truth.record(n, each, PruningPlan()), outcome=Completed({"loss": 9.0}, 0.1))
+        for n, each in enumerate(worse, len(records))
+    ]
+    generator = np.random.default_rng(0)
+    for level in (1.0, 0.55):
+        drawn = Counter(model._parent(level, records, generator).criterion for _ in range(400))
+        likeliest = sorted(space.levels, key=lambda other: abs(other - level))
+        assert [name for name, _ in drawn.most_common(3)] == [str(each) for each in likeliest[:3]]
+        assert drawn[str(level)] == pytest.approx(200, abs=40)
+        assert 0 < drawn["worse"] < 60
+
+
+def test_the_best_decisions_of_a_budget_are_tried_as_they_are_at_the_others(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    model = DamageModel(space, graph, saliencies, seed=0)
+    truth = Truth(graph, next(iter(space.ties)))
+    offsets = {name: 0.1 * place for place, name in enumerate(space.ties)}
+    good = Candidate("l2", space.budget(1.0), offsets=offsets)
+    records = [truth.record(0, good, space.decode(good, graph, saliencies))]
+    for number in (1, 3, 5):
         proposal = model(records, number)
-        assert proposal["criterion"] == str(nearest[proposal["budget"]])
+        assert proposal["budget"] < 1
+        assert {name: proposal[f"offset/{name}"] for name in space.ties} == pytest.approx(offsets)
+        candidate = space.suggest(Decided(proposal))
+        records.append(truth.record(number, candidate, space.decode(candidate, graph, saliencies)))
+        again = model(records, number + 6)  # the same budget: now it is known
+        assert again["budget"] == proposal["budget"]
+        assert {name: again[f"offset/{name}"] for name in space.ties} != pytest.approx(offsets)
+
+
+def test_plans_are_hardly_proposed_twice_unless_there_is_no_other(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    truth = Truth(graph, next(iter(space.ties)))
+    model = DamageModel(space, graph, saliencies, seed=0)
+    records = search_with(model, truth, space, saliencies, 60)
+    proposed = [record.plan for record in records[len(space.seeds(6)) :]]
+    assert len(set(proposed)) > 0.9 * len(proposed)
+
+    only, *others = space.ties
+    bounds = Bounds(exclude=tuple(others))
+    target = graph.cost().macs * 9 // 10
+    one = SearchSpace.of(graph, saliencies, target, [], bounds=bounds)
+    assert set(one.ties) == {only}
+    model = DamageModel(one, graph, saliencies, seed=0)
+    records = search_with(model, Truth(graph, only), one, saliencies, 12)
+    assert len({record.plan for record in records}) <= len(one.levels)
 
 
 def test_mutations_are_halved_every_thirty_trials(
@@ -209,7 +247,7 @@ def test_mutations_are_halved_every_thirty_trials(
     offsets = {f"offset/{tie}" for tie in space.ties.values()}
 
     def size(trials: int) -> float:
-        proposals = [model(records[:trials], number) for number in range(200)]
+        proposals = [model(records[:trials], number) for number in range(100)]
         return float(np.mean([abs(each[name]) for each in proposals for name in offsets]))
 
     assert size(31) == pytest.approx(size(1) / 2, rel=0.1)
