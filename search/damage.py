@@ -158,17 +158,23 @@ class DamageModel:
     ) -> Candidate:
         """Returns one of the best decisions, the best likeliest.
 
-        That is by its rank among the trials of its own budget; of equal ranks the one at the
-        nearest budget comes first.
+        Those of other budgets are ranked among those of the own one as if there were equally many
+        of both: the best of many is worth more than the best of few.
         """
         own = self._space.budget(level)
         at: dict[float, list[Record]] = {}
         for record in sorted(done, key=_loss):
             at.setdefault(record.candidate.budget, []).append(record)
+        here = len(at.get(own, ())) or 1
         ranked = sorted(
-            (rank, abs(budget - own), record.number, record.candidate)
+            (
+                place if budget == own else (place + 1) * here / len(records),
+                abs(budget - own),
+                record.number,
+                record.candidate,
+            )
             for budget, records in at.items()
-            for rank, record in enumerate(records)
+            for place, record in enumerate(records)
         )
         return ranked[min(int(generator.geometric(_BEST)) - 1, len(ranked) - 1)][-1]
 
