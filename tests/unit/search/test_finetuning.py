@@ -89,6 +89,7 @@ def run(
         0.5,
         4,
         criteria=("l2",),
+        sampler="random",  # whose front has two plans, however the others learn
         workers=0,
         run_dir=run_dir,
         finetuning=finetuning,
