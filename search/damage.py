@@ -201,7 +201,7 @@ class DamageModel:
         return self._claimed[record.number]
 
     def _claim(self, plan: PruningPlan, candidate: Candidate) -> Array:
-        """Returns D by a candidate's saliencies of the groups of each offset, (n_offsets,)."""
+        """Returns D of the groups of each offset by given saliencies, shape (n_offsets,)."""
         ladders = self._ladder(candidate.criterion, candidate.allocation == "uniform")
         inside = {g for block in plan.removed for g in self._graph.blocks[block].groups}
         claims = dict.fromkeys(self._ties, 0.0)
