@@ -75,7 +75,9 @@ class DamageModel:
         self._ladders: dict[tuple[str, bool], dict[str, Array]] = {}
         self._claimed: dict[int, Array] = {}
 
-    def __call__(self, records: Sequence[Record], number: int) -> dict[str, Any]:
+    def __call__(
+        self, records: Sequence[Record], number: int, planned: Collection[PruningPlan] = ()
+    ) -> dict[str, Any]:
         """Returns all parameters of a trial.
 
         Its criterion, allocation and number of removed blocks are those of one of the best trials,
@@ -85,6 +87,8 @@ class DamageModel:
         Args:
             records: The finished trials.
             number: Number of the trial.
+            planned: Plans of trials that may not have finished; they are proposed as little as
+                those of finished ones.
         """
         level = self._space.fixed(number)["budget"]
         done = sorted(
@@ -93,34 +97,46 @@ class DamageModel:
         )
         if not done or not self._ties:
             return {"budget": level}
-        known = {record.plan for record in records if record.plan is not None}
+        known = {record.plan for record in records if record.plan is not None}.union(planned)
+        budget = self._space.budget(level)
         generator = np.random.default_rng([self._seed, number])
-        first = _STEP * 0.5 ** (len(done) / _HALVED)
+        step = _STEP * 0.5 ** (len(done) / _HALVED)
         for growth in _GROWTH ** np.arange(_DRAWS):
-            parent = self._parent(level, done, generator)
-            if parent.budget != self._space.budget(level):
+            parent = parent_of(budget, done, generator)
+            if parent.budget != budget:
                 same = self._at(level, parent, self._offsets(parent), len(parent.removed))
                 if self._new_plan(same, known) is not None:
                     return same  # decisions that are good elsewhere come before changed ones
             coefficients = self._coefficients(_like(parent, done), generator)
             offsets = [np.log(coefficients)]
             if generator.random() < self._mutating * growth:
-                own, step = self._offsets(parent), first * growth
-                offsets = [_mutated(own, step, generator) for _ in range(_MUTANTS)]
+                own = self._offsets(parent)
+                offsets = [_mutated(own, step * growth, generator) for _ in range(_MUTANTS)]
             blocks = len(parent.removed)
             options = [
                 self._at(level, parent, each - each.mean(), blocks + _more_blocks(generator))
                 for each in offsets
             ]
-            plans = [self._new_plan(each, known) for each in options]
-            expected = [
-                (float(self._claim(plan, parent) @ coefficients), place)
-                for place, plan in enumerate(plans)
-                if plan is not None
-            ]
-            if expected:
-                return options[min(expected)[1]]
+            best = self._least_damage(options, parent, coefficients, known)
+            if best is not None:
+                return best
         return options[0]
+
+    def _least_damage(
+        self,
+        options: Sequence[dict[str, Any]],
+        parent: Candidate,
+        coefficients: Array,
+        known: Collection[PruningPlan],
+    ) -> dict[str, Any] | None:
+        """Returns the parameters whose plan loses least, None if no plan of them is new."""
+        plans = [self._new_plan(option, known) for option in options]
+        damages = [
+            np.inf if plan is None else float(self._claim(plan, parent) @ coefficients)
+            for plan in plans
+        ]
+        least = int(np.argmin(damages))
+        return None if plans[least] is None else options[least]
 
     def _at(self, level: float, parent: Candidate, offsets: Array, removed: int) -> dict[str, Any]:
         """Returns the parameters of a parent at a budget, with other offsets and blocks."""
@@ -152,31 +168,6 @@ class DamageModel:
             tie: candidate.offsets.get(group, 0.0) for group, tie in self._space.ties.items()
         }
         return np.array([of_tie[tie] for tie in self._ties])
-
-    def _parent(
-        self, level: float, done: Sequence[Record], generator: np.random.Generator
-    ) -> Candidate:
-        """Returns one of the best decisions, the best likeliest.
-
-        Those of other budgets are ranked among those of the own one as if there were equally many
-        of both: the best of many is worth more than the best of few.
-        """
-        own = self._space.budget(level)
-        at: dict[float, list[Record]] = {}
-        for record in sorted(done, key=_loss):
-            at.setdefault(record.candidate.budget, []).append(record)
-        here = len(at.get(own, ())) or 1
-        ranked = sorted(
-            (
-                place if budget == own else (place + 1) * here / len(records),
-                abs(budget - own),
-                record.number,
-                record.candidate,
-            )
-            for budget, records in at.items()
-            for place, record in enumerate(records)
-        )
-        return ranked[min(int(generator.geometric(_BEST)) - 1, len(ranked) - 1)][-1]
 
     def _coefficients(self, records: Sequence[Record], generator: np.random.Generator) -> Array:
         """Returns a draw of the coefficient of each offset, shape (n_offsets,)."""
@@ -221,6 +212,34 @@ class DamageModel:
                 for name, saved in self._saved.items()
             }
         return self._ladders[key]
+
+
+def parent_of(budget: float, done: Sequence[Record], generator: np.random.Generator) -> Candidate:
+    """Returns one of the best decisions for a budget, the best likeliest.
+
+    Those of other budgets are ranked among those of the own one as if there were equally many of
+    both: the best of many is worth more than the best of few.
+
+    Args:
+        budget: Share of the dense MACs.
+        done: Trials with a loss, at least one.
+        generator: Draws.
+    """
+    at: dict[float, list[Record]] = {}
+    for record in sorted(done, key=_loss):
+        at.setdefault(record.candidate.budget, []).append(record)
+    here = len(at.get(budget, ())) or 1
+    ranked = sorted(
+        (
+            place if other == budget else (place + 1) * here / len(records),
+            abs(other - budget),
+            record.number,
+            record.candidate,
+        )
+        for other, records in at.items()
+        for place, record in enumerate(records)
+    )
+    return ranked[min(int(generator.geometric(_BEST)) - 1, len(ranked) - 1)][-1]
 
 
 def _mutated(offsets: Array, step: float, generator: np.random.Generator) -> Array:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paretoprune.search.candidate import Candidate
 from paretoprune.search.checks import DAMAGE
 from paretoprune.search.evaluation import Evaluate, Evaluator
 from paretoprune.search.everything import CandidateStep, Everything
@@ -20,7 +21,7 @@ from paretoprune.search.problem import Problem
 from paretoprune.search.record import Record
 from paretoprune.search.searcher import Decisions, Searcher, Tasks
 from paretoprune.search.weights import FOLDER, Weights
-from paretoprune.surgery import trace
+from paretoprune.surgery import Cost, PruningPlan, trace
 from paretoprune.surgery.progress import Progress
 
 if TYPE_CHECKING:  # the study imports optuna, which `import paretoprune.search` must not
@@ -85,9 +86,16 @@ class Stages:
         )
         space, count = prepared.space, self.request.trials
         history = self.study.records()
+        planned: set[PruningPlan] = set()
+
+        def decode(candidate: Candidate) -> tuple[PruningPlan, Cost]:
+            plan, cost = prepared.decode(candidate)
+            planned.add(plan)
+            return plan, cost
+
         decide = space.fixed
         if self.sampler == DAMAGE:
-            decide = partial(prepared.damage_model(self.seed), history)
+            decide = partial(prepared.damage_model(self.seed), history, planned=planned)
         self.study.begin(space.seeds(count), prepared.info.target, decide)
 
         def stage(told: Callable[[Record], None]) -> Stage:
@@ -95,7 +103,7 @@ class Stages:
                 history.append(record)
                 told(record)
 
-            decisions = Decisions(space.suggest, prepared.decode)
+            decisions = Decisions(space.suggest, decode)
             similarity = "cka" in self.request.objectives
             racing = set(self.request.objectives) == {"loss", "macs"}
             return Stage(

@@ -17,7 +17,7 @@ The networks that a method finds for the targets are its front: a plot shows how
 `parts` gives the whole search and searches that lack one part, or have another sampler, equally
 many trials at one target, and writes how the best loss and the hypervolume (of loss and MACs)
 grow with trials and time; `one-shot` are the plans that a search begins with, and no others.
-Nothing is tested there.
+One plan is evaluated at a time, so that the same command finds the same. Nothing is tested there.
 
 Both go on where they were stopped: rows that are in the CSV are not measured again.
 """
@@ -57,9 +57,8 @@ from paretoprune.search.ledger import Ledger
 from paretoprune.search.loop import DEFAULTS, JOURNAL
 from paretoprune.search.objectives import directions_of
 from paretoprune.search.prepare import Prepared, Request, prepare
-from paretoprune.search.searcher import Decisions, Searcher
+from paretoprune.search.searcher import Decisions, Searcher, run_inline
 from paretoprune.search.study import Study
-from paretoprune.search.workers import RayWorkers
 from paretoprune.surgery import (
     InfeasibleBudget,
     PruningGraph,
@@ -103,7 +102,6 @@ class Variant:
 PARTS: Mapping[str, Variant] = MappingProxyType(
     {
         "search": Variant(),
-        "search again": Variant(),  # two workers make no run like another
         "with racing": Variant(racing=True),
         "without seeds": Variant(seeds=False),
         "without sparing streams": Variant(change=lambda space: replace(space, streams=())),
@@ -360,7 +358,7 @@ def run(
         finished,
         racing=part.racing,
     )
-    RayWorkers()(searcher, Evaluator(problem, prepared.graph), Ledger(folder / "evals"))
+    run_inline(searcher, Evaluator(problem, prepared.graph), Ledger(folder / "evals"))
     return timed
 
 

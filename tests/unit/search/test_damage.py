@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from paretoprune.search import (
     SearchSpace,
     Stopped,
 )
-from paretoprune.search.damage import DamageModel, posterior
+from paretoprune.search.damage import DamageModel, parent_of, posterior
 from paretoprune.search.show import metrics_of
 from paretoprune.search.space import OFFSET, Decided
 from paretoprune.surgery import PruningGraph, PruningPlan, trace
@@ -177,9 +177,8 @@ def test_losses_of_other_budgets_teach_by_their_shares(
 
 
 def test_parents_are_the_best_of_their_budget_and_where_it_has_few_trials_of_others(
-    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+    graph: PruningGraph, space: SearchSpace
 ) -> None:
-    model = DamageModel(space, graph, saliencies, seed=0)
     candidates = [Candidate(str(place), space.budget(1.0)) for place in range(8)]
     candidates.append(Candidate("lower", space.budget(0.55)))
     records = [
@@ -189,7 +188,8 @@ def test_parents_are_the_best_of_their_budget_and_where_it_has_few_trials_of_oth
 
     def likeliest(level: float) -> list[str]:
         generator = np.random.default_rng(0)
-        drawn = Counter(model._parent(level, records, generator).criterion for _ in range(400))
+        draws = (parent_of(space.budget(level), records, generator) for _ in range(400))
+        drawn = Counter(parent.criterion for parent in draws)
         return [name for name, _ in drawn.most_common(4)]
 
     assert likeliest(1.0) == ["0", "1", "2", "3"]
@@ -214,6 +214,26 @@ def test_the_best_decisions_of_a_budget_are_tried_as_they_are_at_the_others(
         again = model(records, number + 6)  # the same budget: now it is known
         assert again["budget"] == proposal["budget"]
         assert {name: again[f"offset/{name}"] for name in space.ties} != pytest.approx(offsets)
+
+
+def test_plans_that_are_being_evaluated_are_not_proposed_again(
+    graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
+) -> None:
+    model = DamageModel(space, graph, saliencies, seed=0)
+    truth = Truth(graph, next(iter(space.ties)))
+    good = Candidate("l2", space.budget(1.0), offsets={next(iter(space.ties)): 0.5})
+    records = [truth.record(0, good, space.decode(good, graph, saliencies))]
+
+    def plan(number: int, planned: Collection[PruningPlan]) -> PruningPlan:
+        candidate = space.suggest(Decided(model(records, number, planned)))
+        return space.decode(candidate, graph, saliencies)
+
+    alone = [plan(number, ()) for number in range(1, 13)]
+    assert len(set(alone)) < len(alone)  # the best of one budget is tried at the others
+    planned: list[PruningPlan] = []
+    for number in range(1, 13):  # twelve workers, of which none is done yet
+        planned.append(plan(number, planned))
+    assert len(set(planned)) == len(planned)
 
 
 def test_plans_are_hardly_proposed_twice_unless_there_is_no_other(

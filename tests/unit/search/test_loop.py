@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ from paretoprune.search import (
     search,
 )
 from paretoprune.search.dense import dense_latency
-from paretoprune.search.evaluation import Evaluator
+from paretoprune.search.evaluation import Evaluate, Evaluator
 from paretoprune.search.ledger import Ledger
 from paretoprune.search.objectives import directions_of
-from paretoprune.search.searcher import Executor, run_inline
+from paretoprune.search.searcher import Executor, Tasks, run_inline
 from paretoprune.search.show import metrics_of
 from paretoprune.search.study import Study
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, prune, trace
@@ -430,3 +431,18 @@ def test_the_time_limit_is_that_of_trials_alone(
     finetuning = Finetuning(lambda network, **_: network, epochs=1, top=1)
     search(problem, 0.5, 2, workers=1, trial_timeout=9.0, finetuning=finetuning)
     assert limits == [9.0, None]
+
+
+def test_workers_side_by_side_are_hardly_given_a_plan_twice(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def side_by_side(tasks: Tasks, evaluate: Evaluate, ledger: Ledger) -> None:
+        while running := list(islice(iter(tasks.next, None), 20)):
+            for task in running:
+                tasks.tell(task, ledger.evaluate(evaluate, task))
+
+    monkeypatch.setattr(loop, "run_inline", side_by_side)
+    notes = Notes()
+    run(problem, tmp_path, notes, trials=60)
+    plans = [record.plan for record in notes.records if record.origin == "sampler"]
+    assert len(set(plans)) > 0.95 * len(plans)
