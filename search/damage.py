@@ -81,8 +81,9 @@ class DamageModel:
         """Returns all parameters of a trial.
 
         Its criterion, allocation and number of removed blocks are those of one of the best trials,
-        at its budget or at another; the offsets are that trial's, drawn or mutated. Without
-        offsets there is nothing to learn, and only the budget is decided.
+        at its budget or at another; the offsets are that trial's, drawn or mutated. Where many
+        workers ask before any trial has finished, it departs from what a search begins with.
+        Without offsets there is nothing to learn, and only the budget is decided.
 
         Args:
             records: The finished trials.
@@ -95,14 +96,16 @@ class DamageModel:
             (record for record in records if isinstance(record.outcome, Completed | Stopped)),
             key=lambda record: record.number,
         )
-        if not done or not self._ties:
+        if not self._ties:
             return {"budget": level}
         known = {record.plan for record in records if record.plan is not None}.union(planned)
         budget = self._space.budget(level)
         generator = np.random.default_rng([self._seed, number])
         step = _STEP * 0.5 ** (len(done) / _HALVED)
         for growth in _GROWTH ** np.arange(_DRAWS):
-            parent = parent_of(budget, done, generator)
+            parent = (
+                parent_of(budget, done, generator) if done else self._seed_at(level, generator)
+            )
             if parent.budget != budget:
                 same = self._at(level, parent, self._offsets(parent), len(parent.removed))
                 if self._new_plan(same, known) is not None:
@@ -138,6 +141,13 @@ class DamageModel:
         least = int(np.argmin(damages))
         return None if plans[least] is None else options[least]
 
+    def _seed_at(self, level: float, generator: np.random.Generator) -> Candidate:
+        """Returns what a search begins with, by one of the criteria, at a budget."""
+        criterion = self._space.criteria[generator.integers(len(self._space.criteria))]
+        return self._space.suggest(
+            Decided(self._space.parameters(criterion, level, "global", spared=True))
+        )
+
     def _at(self, level: float, parent: Candidate, offsets: Array, removed: int) -> dict[str, Any]:
         """Returns the parameters of a parent at a budget, with other offsets and blocks."""
         parameters = self._space.parameters(
@@ -171,7 +181,8 @@ class DamageModel:
 
     def _coefficients(self, records: Sequence[Record], generator: np.random.Generator) -> Array:
         """Returns a draw of the coefficient of each offset, shape (n_offsets,)."""
-        claims = np.stack([self._claim_of(record) for record in records])
+        claims = np.array([self._claim_of(record) for record in records])
+        claims = claims.reshape(len(records), len(self._ties))  # also where there are none
         damage = np.array([_loss(record) for record in records])
         budgets = np.array([record.candidate.budget for record in records])
         for budget in np.unique(budgets):  # what is learnt are shares, so budgets can be pooled
@@ -280,7 +291,7 @@ def posterior(claims: Array, damage: Array, expected: Array) -> tuple[Array, Arr
     """
     design = np.hstack([np.ones((len(claims), 1)), claims])
     prior = np.concatenate(([0.0], expected))
-    noise = max(_NOISE * damage.std(), 1e-3)
+    noise = max(_NOISE * damage.std(), 1e-3) if len(damage) else 1.0
     precision = np.eye(len(prior)) + design.T @ design / noise**2
     return np.linalg.solve(precision, prior + design.T @ damage / noise**2), precision
 

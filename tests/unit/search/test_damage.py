@@ -136,12 +136,22 @@ def test_offsets_of_stages_are_learnt_and_without_offsets_nothing_is(
     assert model(records, 30) == none.fixed(30)
 
 
-def test_failures_teach_nothing_and_without_records_only_the_budget_is_decided(
+def test_where_nothing_has_finished_it_departs_from_the_seeds(
     graph: PruningGraph, saliencies: Saliencies, space: SearchSpace
 ) -> None:
     model = DamageModel(space, graph, saliencies, seed=0)
     failed = Record(0, Candidate("l2", 0.5), PruningPlan(), graph.cost(), Failed("no"))
-    assert model([failed], 1) == space.fixed(1)
+    proposals = [model([], number) for number in range(40)]
+    assert proposals == [model([failed], number) for number in range(40)]
+    for number, proposal in enumerate(proposals):
+        space.suggest(Suggests(proposal))  # asserts every bound
+        assert proposal["budget"] == space.fixed(number)["budget"]
+        assert proposal["allocation"] == "global"
+    mean = {tie: np.mean([each[f"offset/{tie}"] for each in proposals]) for tie in space.ties}
+    assert space.streams
+    assert min(mean[tie] for tie in space.streams) > max(
+        mean[tie] for tie in space.ties if tie not in space.streams
+    )
 
 
 def test_a_trial_that_was_stopped_teaches_as_one_that_was_completed(
