@@ -105,6 +105,9 @@ class Listener(Protocol):
         """
         ...
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None:
-        """The search is over; `interrupted` if something is left: it can be resumed."""
+    def ended(self, error: BaseException | None) -> None:
+        """The search is over: all is done, or `error` ended it before, and it can be resumed.
+
+        Where the user ended it, that is a KeyboardInterrupt.
+        """
         ...

@@ -186,6 +186,8 @@ def search(
 
         def stages() -> Iterator[Stage]:
             yield trials_of(following)
+            if not following.front.records:
+                raise NothingCompleted(_failures(study.records()))
             if finetuning is not None and finetuning.epochs:
                 yield run.finetuning(following.front, info.target, following)
 
@@ -193,12 +195,7 @@ def search(
             seconds = trial_timeout if stage.timed else None
             return _executor(workers, address, gpus_per_trial, seconds, stage.most)
 
-        front = following.run(executor, stages())
-        if not front.records:
-            found = study.records()
-            why = "; ".join(f"{number} x {reason}" for reason, number in reasons(found).items())
-            raise NothingCompleted(f"none of {len(found)} trials completed: {why}")
-        return front
+        return following.run(executor, stages())
 
 
 def read_run(run_dir: Path | str, storage: str | None = None) -> SearchInfo:
@@ -221,6 +218,11 @@ def read_run(run_dir: Path | str, storage: str | None = None) -> SearchInfo:
     if "search" not in notes:
         raise ValueError(f"the search in {run_dir} has not measured the dense network yet.")
     return SearchInfo.from_json(notes["search"], tuple(records))
+
+
+def _failures(records: Sequence[Record]) -> str:
+    why = "; ".join(f"{number} x {reason}" for reason, number in reasons(records).items())
+    return f"none of {len(records)} trials completed: {why}"
 
 
 def _executor(
@@ -254,7 +256,7 @@ class _Following:
 
     def run(self, executor: Callable[[Stage], Executor], stages: Iterable[Stage]) -> ParetoFront:
         """Runs the stages of a search one after the other and returns the front."""
-        interrupted = True
+        error: BaseException | None = None
         begun: list[Listener] = []
         try:
             for listener in self._listeners:
@@ -263,10 +265,12 @@ class _Following:
             for stage in stages:  # the next begins with the front that this one leaves
                 if not stage.tasks.done:
                     executor(stage)(stage.tasks, stage.evaluate, stage.ledger)
-            interrupted = False
-        except KeyboardInterrupt:
-            raise SearchInterrupted(self.front) from None
+        except BaseException as raised:
+            error = raised
+            if isinstance(raised, KeyboardInterrupt):
+                raise SearchInterrupted(self.front) from None
+            raise
         finally:
             for listener in begun:
-                listener.ended(self.front, interrupted)
+                listener.ended(error)
         return self.front

@@ -60,7 +60,7 @@ class Clock:
             self.driver.append(time.process_time())
             self.tasks.append(len(json.dumps(Task(record.plan, 0).to_json())))
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+    def ended(self, error: BaseException | None) -> None:
         """Nothing to note."""
 
 

@@ -164,7 +164,7 @@ class SearchProgress:
         self._best = best
         self._reasons.add(_reason(record))
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+    def ended(self, error: BaseException | None) -> None:
         """Nothing to do: leaving the context ends the view."""
 
     def _opening(self, view: SearchView) -> str:

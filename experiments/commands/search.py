@@ -139,7 +139,7 @@ class _Remembered(NamedTuple):
     def finished(self, record: Record, front: ParetoFront) -> None:
         pass
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+    def ended(self, error: BaseException | None) -> None:
         pass
 
 

@@ -272,9 +272,12 @@ class SearchRuns:
         shown = '[{"path": "pareto/front.json", "type": "table"}]'
         self._client.set_tag(self._parent, "mlflow.loggedArtifacts", shown)
 
-    def close(self, interrupted: bool) -> None:
-        """Ends the parent run."""
-        self._client.set_terminated(self._parent, "KILLED" if interrupted else "FINISHED")
+    def close(self, error: BaseException | None) -> None:
+        """Ends the parent run, by what ended the search before its end."""
+        status = "FINISHED" if error is None else "FAILED"
+        if isinstance(error, KeyboardInterrupt):
+            status = "KILLED"
+        self._client.set_terminated(self._parent, status)
 
 
 def log_comparison(

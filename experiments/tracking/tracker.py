@@ -98,11 +98,11 @@ class MlflowListener:
         else:
             self._guarded(lambda: self._write(record, front, view))
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+    def ended(self, error: BaseException | None) -> None:
         """Writes plots, table and description; after an earlier fault also what is missing."""
         if self._broken:
             self._recover()
-        self._guarded(lambda: self._close(interrupted))
+        self._guarded(lambda: self._close(error))
 
     def _recover(self) -> None:
         self._broken = False
@@ -153,8 +153,8 @@ class MlflowListener:
             end = time.monotonic()
             self._redraw = end + max(_REDRAW_SECONDS, (end - begin) / _REDRAW_SHARE)
 
-    def _close(self, interrupted: bool) -> None:
+    def _close(self, error: BaseException | None) -> None:
         assert self._search is not None
         assert self._view is not None
         self._search.draw(self._view, self._run_dir.name)
-        self._search.close(interrupted)
+        self._search.close(error)

@@ -68,7 +68,7 @@ class Arming:
     def finished(self, record: Record, front: ParetoFront) -> None:
         self.records.append(record)
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None: ...
+    def ended(self, error: BaseException | None) -> None: ...
 
 
 def search(folder: Path, faults: tuple[str, ...], workers: int, limit: float | None) -> list[str]:

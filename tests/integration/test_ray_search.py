@@ -153,7 +153,7 @@ class Broken:
         if record.number == 2:
             raise RuntimeError("no server")
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None: ...
+    def ended(self, error: BaseException | None) -> None: ...
 
 
 def test_a_real_search_and_the_error_of_a_listener(tmp_path: Path) -> None:

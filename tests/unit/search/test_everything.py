@@ -52,7 +52,7 @@ class Stopping:
         if not self.after:
             raise KeyboardInterrupt
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None:
+    def ended(self, error: BaseException | None) -> None:
         """Nothing to do."""
 
 

@@ -44,7 +44,7 @@ class Told:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self.interrupted: list[bool] = []
+        self.ends: list[type | None] = []
 
     def started(self, info: SearchInfo) -> None:
         self.info = info
@@ -52,8 +52,8 @@ class Told:
     def finished(self, record: Record, front: ParetoFront) -> None:
         self.records.append(record)
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None:
-        self.interrupted.append(interrupted)
+    def ended(self, error: BaseException | None) -> None:
+        self.ends.append(None if error is None else type(error))
 
 
 class Interrupting(FineTuner):
@@ -137,7 +137,7 @@ def test_the_best_are_trained_and_kept_as_measured(problem: Problem, tmp_path: P
     best = sorted(plain.records, key=lambda one: _loss(one))[:2]
     done = [one for one in front.records if one.finetuned is not None]
     assert {one.number for one in done} == {one.number for one in best}
-    assert told.interrupted == [False]
+    assert told.ends == [None]
     assert [one.number for one in told.records[:4]] == [0, 1, 2, 3]
     assert [one.number for one in told.records[4:]] == [one.number for one in best]
     graph = trace(problem.model, problem.example_inputs)
@@ -295,7 +295,7 @@ def test_it_goes_on_where_it_was_interrupted(
     told = Told()
     with pytest.raises(SearchInterrupted):
         run(problem, tmp_path / "run", trained(problem, Interrupting), [told])
-    assert told.interrupted == [True]
+    assert told.ends == [KeyboardInterrupt]
     Interrupting.epochs_left = left = 10**9
     resumed = run(problem, tmp_path / "run", trained(problem, Interrupting))
     assert left - Interrupting.epochs_left == 6 - epochs  # no epoch is trained again

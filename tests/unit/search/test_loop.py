@@ -52,7 +52,7 @@ class Notes:
         self.infos: list[SearchInfo] = []
         self.records: list[Record] = []
         self.fronts: list[ParetoFront] = []
-        self.interrupted: list[bool] = []
+        self.ends: list[type | None] = []
         self._after = interrupt_after
 
     def started(self, info: SearchInfo) -> None:
@@ -64,8 +64,8 @@ class Notes:
         if len(self.records) == self._after:
             raise KeyboardInterrupt
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None:
-        self.interrupted.append(interrupted)
+    def ended(self, error: BaseException | None) -> None:
+        self.ends.append(None if error is None else type(error))
 
 
 def run(
@@ -87,7 +87,7 @@ def test_a_search_returns_the_front_of_its_records(problem: Problem, tmp_path: P
     assert info.metrics.keys() == {"loss", "accuracy"}
     assert info.sizes == {group.name: group.size for group in graph.open_groups}
     assert info.blocks.keys() == graph.blocks.keys()
-    assert notes.interrupted == [False]
+    assert notes.ends == [None]
     assert [r.number for r in notes.records] == list(range(9))
     assert front == notes.fronts[-1] == ParetoFront.of(notes.records, info.objectives)
     best = front.best(info.target)
@@ -114,13 +114,13 @@ def test_a_search_that_was_interrupted_goes_on(problem: Problem, tmp_path: Path)
     with pytest.raises(SearchInterrupted) as interruption:
         run(problem, folder, notes)
     assert interruption.value.front == notes.fronts[-1]
-    assert notes.interrupted == [True]
+    assert notes.ends == [KeyboardInterrupt]
     assert isinstance(interruption.value, KeyboardInterrupt)
 
     resumed = Notes()
     front = run(problem, folder, resumed)
     assert resumed.infos[0].records == tuple(notes.records)
-    assert resumed.interrupted == [False]
+    assert resumed.ends == [None]
     records = [*notes.records, *resumed.records]
     assert [(r.number, r.candidate, r.plan) for r in records] == [
         (r.number, r.candidate, r.plan) for r in whole.records
@@ -135,7 +135,7 @@ def test_a_finished_search_is_only_told(
     monkeypatch.setattr(Study, "ask", None)
     notes = Notes()
     assert run(problem, tmp_path, notes) == front
-    assert (len(notes.infos[0].records), notes.records, notes.interrupted) == (9, [], [False])
+    assert (len(notes.infos[0].records), notes.records, notes.ends) == (9, [], [None])
     assert read_run(tmp_path).trials == 9
 
 
@@ -220,7 +220,7 @@ def test_an_interrupt_while_the_start_is_told_ends_the_search_as_any_other(
     first, last = Interrupted(), Notes()
     with pytest.raises(SearchInterrupted):
         run(problem, tmp_path, first, listeners=[first, last])
-    assert (first.interrupted, last.interrupted) == ([True], [])  # `last` was told nothing
+    assert (first.ends, last.ends) == ([KeyboardInterrupt], [])  # `last` was told nothing
     assert run(problem, tmp_path, Notes()).records
 
 
@@ -329,6 +329,7 @@ def test_a_search_of_which_nothing_completes_says_why(problem: Problem, tmp_path
     with pytest.raises(NothingCompleted, match=words):
         run(replace(problem, loss=loss), tmp_path, notes, 2)
     assert len(notes.records) == 2
+    assert notes.ends == [NothingCompleted]
 
 
 def test_a_folder_without_a_search(tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ def test_a_listener_that_raises_ends_the_search_and_loses_nothing(
     broken = Broken()
     with pytest.raises(RuntimeError, match="no server"):
         run(problem, tmp_path, broken)
-    assert broken.interrupted == [True]
+    assert broken.ends == [RuntimeError]
     assert len(read_run(tmp_path).records) == 1
     notes = Notes()
     run(problem, tmp_path, notes)

@@ -149,7 +149,7 @@ class Breaking:
         if not self.left:
             raise KeyboardInterrupt
 
-    def ended(self, front: ParetoFront, interrupted: bool) -> None: ...
+    def ended(self, error: BaseException | None) -> None: ...
 
 
 def test_what_is_stopped_does_not_depend_on_a_break(batched: Problem, tmp_path: Path) -> None:

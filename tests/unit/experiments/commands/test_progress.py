@@ -42,7 +42,7 @@ def play(
         shown.started(info)
         for at, record in enumerate(view.records[before:], start=before + 1):
             shown.finished(record, ParetoFront.of(view.records[:at], view.objectives))
-        shown.ended(view.front, False)
+        shown.ended(None)
 
 
 def test_a_log_gets_a_line_for_what_is_new(view: SearchView) -> None:

@@ -81,7 +81,7 @@ def play(
 def played(listener: MlflowListener, view: SearchView, *, before: int = 0) -> None:
     for _ in play(listener, view, before=before):
         pass
-    listener.ended(view.front, False)
+    listener.ended(None)
 
 
 def runs_in(folder: Path) -> tuple[MlflowClient, Run, dict[int, Run]]:
@@ -215,7 +215,7 @@ def test_a_fine_tuning_that_is_tried_again_is_brought_up_to_date(
         told = view.told(replace(record, finetuned=end))
         listener = MlflowListener(folder, SPEC)
         listener.started(info_of(told, told.records))
-        listener.ended(told.front, False)
+        listener.ended(None)
         _, _, children = runs_in(folder)
         tags, shown = children[1].data.tags, children[1].data.metrics
         assert tags["finetuned"] == word
@@ -237,18 +237,23 @@ def _child_of(parent: str) -> dict[str, str]:
 def test_everything_can_be_rebuilt_from_the_records(folder: Path, view: SearchView) -> None:
     listener = MlflowListener(folder, SPEC)
     listener.started(info_of(view, view.records))
-    listener.ended(view.front, False)
+    listener.ended(None)
     _, parent, children = runs_in(folder)
     assert sorted(children) == list(range(7))
     assert parent.info.status == "FINISHED"
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_interrupted_search_says_so(folder: Path, view: SearchView) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "KILLED"), (RuntimeError("no worker"), "FAILED")]
+)
+def test_a_search_that_ended_early_says_so(
+    folder: Path, view: SearchView, error: BaseException, status: str
+) -> None:
     listener = MlflowListener(folder, SPEC)
     next(play(listener, view))
-    listener.ended(ParetoFront.of(view.records[:1], view.objectives), True)
-    assert runs_in(folder)[1].info.status == "KILLED"
+    listener.ended(error)
+    assert runs_in(folder)[1].info.status == status
 
 
 def test_a_search_without_a_completed_trial_is_shown(folder: Path, view: SearchView) -> None:
@@ -285,7 +290,7 @@ def test_a_server_that_comes_back_gets_everything_at_the_end(
         patch.setattr(tracker, "connect", refuse)
         for _ in play(listener, view):
             pass
-    listener.ended(view.front, False)
+    listener.ended(None)
     assert len(said) == 1
     assert sorted(runs_in(folder)[2]) == list(range(7))
 
