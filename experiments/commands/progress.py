@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from paretoprune.experiments.commands.stages import Stages, clock_time
+from paretoprune.experiments.commands.long_step import LongStep, clock_time
 from paretoprune.experiments.showing.tables import front_table, quality, quality_of
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.units import format_count, format_percent
@@ -50,7 +50,7 @@ def is_live(console: Console) -> bool:
 
 
 @contextmanager
-def long_step(console: Console, title: str, *, quiet: bool = False) -> Iterator[Stages]:
+def long_step(console: Console, title: str, *, quiet: bool = False) -> Iterator[LongStep]:
     """Shows that a step is at work; yields what takes a line per stage of it.
 
     Args:
@@ -59,13 +59,13 @@ def long_step(console: Console, title: str, *, quiet: bool = False) -> Iterator[
         quiet: Shows nothing.
     """
     if quiet:
-        yield Stages(title, None)
+        yield LongStep(title, None)
     elif is_live(console):
-        stages = Stages(title, None)
-        with Live(stages, console=console, transient=True):
-            yield stages
+        step = LongStep(title, None)
+        with Live(step, console=console, transient=True):
+            yield step
     else:
-        yield Stages(title, console)
+        yield LongStep(title, console)
 
 
 class SearchProgress:
@@ -102,7 +102,7 @@ class SearchProgress:
         self._best: int | None = None
         self._reasons: set[str | None] = {None}
         self._live: Live | None = None
-        self._stages: Stages | None = None
+        self._preparing: LongStep | None = None
 
     def __enter__(self) -> SearchProgress:
         """Shows that the search is being prepared."""
@@ -110,16 +110,16 @@ class SearchProgress:
             return self
         title = "Measuring the dense network and its units"
         live = is_live(self._console)
-        self._stages = Stages(title, None if live else self._console)
+        self._preparing = LongStep(title, None if live else self._console)
         if live:
-            self._live = Live(self._stages, console=self._console, transient=True)
+            self._live = Live(self._preparing, console=self._console, transient=True)
             self._live.start()
         return self
 
     def preparing(self, stage: str, done: int, total: int) -> None:
         """Shows what is measured before the trials; takes the progress of `search`."""
-        if self._stages is not None:
-            self._stages(stage, done, total)
+        if self._preparing is not None:
+            self._preparing(stage, done, total)
 
     def __exit__(self, *raised: object) -> None:
         """Ends the view; nothing is left of a live one."""

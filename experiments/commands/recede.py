@@ -12,8 +12,8 @@ import typer
 
 from paretoprune.criteria import fingerprint
 from paretoprune.criteria.receding import Receding, recede
+from paretoprune.experiments.commands.long_step import LongStep
 from paretoprune.experiments.commands.progress import long_step, progress_console
-from paretoprune.experiments.commands.stages import Stages
 from paretoprune.experiments.commands.traced import traced_problem
 from paretoprune.experiments.places import check_folder
 from paretoprune.search import checks, evaluate
@@ -90,13 +90,13 @@ class _Told:
         batches: Iterable[Batch],
         device: torch.device,
         epochs: int,
-        stages: Stages,
+        progress: LongStep,
         data: str,
     ) -> None:
         self._batches = Moved(batches, device)
         self._length = length_hint(batches)
         self._epochs = epochs
-        self._stages = stages
+        self._progress = progress
         self._data = data
         self._epoch = 0
         self._last = ""
@@ -112,10 +112,10 @@ class _Told:
         self._epoch += 1
         line = f"{self._last}epoch {self._epoch}/{self._epochs}"
         for done, batch in enumerate(self._batches):
-            self._stages(line, done, self._length)
+            self._progress(line, done, self._length)
             yield batch
 
     def tell(self, line: str) -> None:
         """Takes the line of an epoch that is done."""
-        self._stages(line)
+        self._progress(line)
         self._last = f"{line}; "

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
+from paretoprune.experiments.commands.long_step import LongStep, clock_time
 from paretoprune.experiments.commands.progress import (
     SearchProgress,
     is_live,
     long_step,
     results_console,
 )
-from paretoprune.experiments.commands.stages import Stages, clock_time
 from paretoprune.experiments.showing.summary import headline
 from paretoprune.experiments.showing.view import SearchView
 from paretoprune.experiments.tracking.trial_facts import run_name
@@ -190,7 +190,7 @@ def test_long_steps_show_their_stages(terminal: bool, monkeypatch: pytest.Monkey
 def test_a_stage_with_known_parts_tells_the_time_left() -> None:
     target, out = console(terminal=False)
     times = [0.0]
-    say = Stages("Measuring", target, clock=lambda: times[-1])
+    say = LongStep("Measuring", target, clock=lambda: times[-1])
     for time, done in ((10.0, 0), (20.0, 2), (110.0, 20)):
         times.append(time)
         say("saliencies of cka", done, 20)
@@ -208,7 +208,7 @@ def test_a_stage_with_known_parts_tells_the_time_left() -> None:
 def test_every_stage_has_a_clock_of_its_own() -> None:
     target, out = console(terminal=False)
     times = [0.0]
-    say = Stages("Measuring", target, clock=lambda: times[-1])
+    say = LongStep("Measuring", target, clock=lambda: times[-1])
     for time, line, done in ((0.0, "a", 1), (100.0, "b", 0), (104.0, "b", 1)):
         times.append(time)
         say(line, done, 3)

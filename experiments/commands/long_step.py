@@ -1,4 +1,4 @@
-"""Stages: what a long step is doing, how far it is, and how long the rest takes."""
+"""LongStep: what a long step is doing, how far it is, and how long the rest takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LINE_SECONDS = 3.0
 """Least time between plain lines about one step."""
 
 
-class Stages:
+class LongStep:
     """Takes a line per stage of a step, with how far it is; shown live or as plain lines.
 
     Args:
