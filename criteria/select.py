@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -85,20 +86,19 @@ def select(
     leaving: list[str] = []
     for block in _leaving_first(graph, blocks or {}, removed, bounds):
         gone = (*removed, *leaving)
-        groups, more = rankable(graph, gone), (*gone, block)
-        if Allowance(graph, rankable(graph, more), more, bounds).largest <= 0.99 * target:
+        groups = rankable(graph, gone)
+        if largest_macs(graph, (*gone, block), bounds) <= 0.99 * target:
             break
         priority = _block_priority(groups, saliency, (blocks or {})[block])
         units = _priorities(groups, saliency, allocation)
-        if threshold(Allowance(graph, groups, gone, bounds), units, target) <= priority:
+        if threshold(_allowance(graph, gone, bounds), units, target) <= priority:
             break
         leaving.append(block)
 
     def planned(gone: tuple[str, ...]) -> PruningPlan:
-        groups = rankable(graph, gone)
-        allowance = Allowance(graph, groups, gone, bounds)
+        allowance = _allowance(graph, gone, bounds)
         _check_reachable(allowance, target, gone)
-        priorities = _priorities(groups, saliency, allocation)
+        priorities = _priorities(allowance.groups, saliency, allocation)
         return PruningPlan(fit(allowance, priorities, target, within), gone)
 
     return _with_most_blocks(planned, removed, leaving)
@@ -162,14 +162,19 @@ def smallest_macs(
     graph: PruningGraph, removed: tuple[str, ...] = (), bounds: Bounds = UNBOUNDED
 ) -> int:
     """Returns the MACs with the fewest units in every group and the given blocks removed."""
-    return Allowance(graph, rankable(graph, removed), removed, bounds).smallest
+    return _allowance(graph, removed, bounds).smallest
 
 
 def largest_macs(
     graph: PruningGraph, removed: tuple[str, ...] = (), bounds: Bounds = UNBOUNDED
 ) -> int:
     """Returns the MACs with the most units in every group and the given blocks removed."""
-    return Allowance(graph, rankable(graph, removed), removed, bounds).largest
+    return _allowance(graph, removed, bounds).largest
+
+
+@functools.lru_cache(maxsize=32)  # asked for again with every plan of a search
+def _allowance(graph: PruningGraph, removed: tuple[str, ...], bounds: Bounds) -> Allowance:
+    return Allowance(graph, rankable(graph, removed), removed, bounds)
 
 
 def _leaving_first(

@@ -25,11 +25,12 @@ class PruningPlan:
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)  # a search asks for it very often
 
     def __post_init__(self) -> None:
         kept: dict[str, tuple[int, ...]] = {}
         for name in sorted(self.kept):
-            units = tuple(sorted(operator.index(unit) for unit in self.kept[name]))
+            units = tuple(sorted(map(operator.index, self.kept[name])))
             if not units or units[0] < 0 or len(set(units)) != len(units):
                 raise ValueError(
                     f"a plan keeps at least one unit of a group, each once and none negative, "
@@ -38,9 +39,10 @@ class PruningPlan:
             kept[name] = units
         object.__setattr__(self, "kept", MappingProxyType(kept))
         object.__setattr__(self, "removed", tuple(sorted(set(self.removed))))
+        object.__setattr__(self, "_hash", hash((tuple(kept.items()), self.removed)))
 
     def __hash__(self) -> int:
-        return hash((tuple(self.kept.items()), self.removed))
+        return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
         return PruningPlan, (dict(self.kept), self.removed)
