@@ -73,6 +73,8 @@ class Proscore:
         parameters = dict(model.named_parameters())
         norm, push, along = (torch.zeros_like(measured.leaks) for _ in range(3))
         for name, axis in units.filters.items():
+            if name not in parameters:  # a fixed filter
+                continue
             weight = parameters[name].detach().double()
             norm += units.summed(weight.square(), name, axis)
             if name in measured.gradient:

@@ -1,4 +1,4 @@
-"""The layers whose weights reconstruction refits, and what surrounds each of them."""
+"""The layers that read channels, most of which reconstruction refits, and what surrounds them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Consumer:
         bias: Name of its bias, if it is a parameter of its own.
         offset: Name of the value that it adds as bias, if that is anything else.
         geometry: How it reads its input.
+        fixed: Whether its weight is a buffer (a blur, a Sobel filter), which is not refitted.
         norm: The BatchNorm that alone reads its output, if any.
         stream: Name of the sum that its output (after the norm) is added into, if any.
         shortcut: Name of the other summand.
@@ -48,6 +49,7 @@ class Consumer:
     bias: str | None
     offset: str | None
     geometry: Geometry
+    fixed: bool
     norm: Norm | None = None
     stream: str | None = None
     shortcut: str | None = None
@@ -60,7 +62,7 @@ class Consumer:
 
 
 def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
-    """Returns the layers that can be refitted, by node name in execution order.
+    """Returns the layers with weights of their own, by node name in execution order.
 
     A layer whose weight is used twice is left out: two sites cannot be fitted one after another.
     So is a convolution padded to the same size with an even kernel, whose sides differ.
@@ -119,6 +121,7 @@ def find_consumers(graph: PruningGraph) -> dict[str, Consumer]:
             bias,
             offset,
             geometry,
+            program.nodes[node.args[1].name].is_buffer,
             norm,
             stream,
             shortcut,

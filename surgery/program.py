@@ -71,6 +71,11 @@ class Node:
         return self.target.split(".")[1].removesuffix("_")
 
     @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer, which no training changes; `torch.export` names it so."""
+        return self.kind == "parameter" and not self.name.startswith("p_")
+
+    @property
     def in_place(self) -> bool:
         """Whether the operator overwrites its first argument."""
         packet = self.target.rpartition(".")[0]
@@ -107,6 +112,17 @@ class Program:
             for name in dict.fromkeys(node.refs()):
                 users[name].append(node)
         return users
+
+    def read_for_outputs(self) -> set[str]:
+        """Returns the names of the values that an output depends on.
+
+        So does, for all that is known here, whatever is overwritten.
+        """
+        found = set(self.outputs)
+        for node in reversed(list(self.nodes.values())):
+            if node.name in found or node.in_place:
+                found.update(node.refs())
+        return found
 
 
 def references(value: Any) -> Iterator[str]:

@@ -55,7 +55,11 @@ class Reconstructor:
         self._inputs = gather_inputs(calibration, images)
         leaves = torch.utils._pytree.tree_leaves(self._inputs)
         self._count = next(len(leaf) for leaf in leaves if has_rows(leaf))
-        self._consumers = find_consumers(graph)
+        self._consumers = {
+            name: consumer
+            for name, consumer in find_consumers(graph).items()
+            if not consumer.fixed
+        }
         self._samples = samples
         self._positions: dict[str, Tensor] = {}
         self._dense: dict[str, Tensor] = {}

@@ -55,7 +55,9 @@ class StaticReconstructor:
         self._consumers = {
             name: consumer
             for name, consumer in find_consumers(graph).items()
-            if consumer.geometry.groups == 1 and (consumer.weight, 1) in graph.units
+            if not consumer.fixed
+            and consumer.geometry.groups == 1
+            and (consumer.weight, 1) in graph.units
         }
         self._grams: dict[str, tuple[Tensor, Tensor]] = {}
 

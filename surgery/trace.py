@@ -18,7 +18,7 @@ from paretoprune.surgery.graph import Cut, Extent, Number, PruningGraph
 from paretoprune.surgery.groups import Block, ChannelSlice, PrunableGroup, layer_of
 from paretoprune.surgery.labels import Labels
 from paretoprune.surgery.plan import PruningPlan
-from paretoprune.surgery.program import FILLS, Program
+from paretoprune.surgery.program import FILLS, Node, Program
 from paretoprune.surgery.prune import modules_outside
 from paretoprune.surgery.record import record
 from paretoprune.surgery.recorded import Recording
@@ -149,11 +149,44 @@ def _form_groups(
     groups = {}
     slices = _slices(axes, list(members.values()), n_classes)
     averages = _averages(tracer, classes, members)
+    producing = _producing(tracer)
+    read = tracer.program.read_for_outputs()
     for (name, roots), found in zip(members.items(), slices, strict=True):
-        lone = "all its channels are one unit" if len(roots) == 1 else None
-        reason = frozen.get(int(roots[0]), lone)
+        reason = frozen.get(int(roots[0]))
+        if reason is None and len(roots) == 1:
+            reason = "all its channels are one unit"
+        reason = reason or _kept_by_makers(found, producing, read)
         groups[name] = PrunableGroup(name, len(roots), found, reason, averages[name])
     return groups, members
+
+
+def _producing(tracer: Tracer) -> dict[tuple[str, int], list[Node]]:
+    """Returns the nodes of every parameter that makes channels, by (its name, their axis)."""
+    nodes: dict[str, list[Node]] = {}
+    for node in tracer.program.nodes.values():
+        if node.kind == "parameter":
+            nodes.setdefault(node.target, []).append(node)
+    return {place: nodes[place[0]] for place in tracer.producers}
+
+
+def _kept_by_makers(
+    slices: Sequence[ChannelSlice],
+    producing: Mapping[tuple[str, int], Sequence[Node]],
+    read: Collection[str],
+) -> str | None:
+    """Returns why all that makes some channels keeps them, or None.
+
+    Args:
+        slices: Where the channels lie.
+        producing: See `_producing`.
+        read: Names of the values that the outputs depend on.
+    """
+    makers = [n for item in slices for n in producing.get((item.parameter, item.axis), ())]
+    if all(node.is_buffer for node in makers):  # few criteria know what its channels are worth
+        return "is made by a filter that is a buffer, which nothing trains"
+    if not any(node.name in read for node in makers):
+        return "reaches no output in eval mode; training may read it"
+    return None
 
 
 def _averages(
@@ -250,7 +283,7 @@ def _build(
     shapes = {  # by name, so that a tied parameter counts once
         node.target: node.shape
         for node in program.nodes.values()
-        if node.kind == "parameter" and node.name.startswith("p_")
+        if node.kind == "parameter" and not node.is_buffer
     }
     params = [
         _params_term(name, shape, tracer, factor, gone_with(name))  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ NETWORKS = (
     "mlp",
     "one_dimensional",
     "called_twice",
+    "fixed_filters",
     "named_inputs",
     "tokens",
     "torch_attention",

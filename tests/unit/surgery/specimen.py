@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 OUTPUT = "reaches the model's output"
+UNREAD = "reaches no output in eval mode"
 
 
 @dataclass(frozen=True)

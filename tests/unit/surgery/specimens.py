@@ -18,7 +18,7 @@ from tests.unit.surgery import (
     zoo_refusals,
     zoo_wiring,
 )
-from tests.unit.surgery.specimen import OUTPUT, Specimen
+from tests.unit.surgery.specimen import OUTPUT, UNREAD, Specimen
 
 
 @functools.cache
@@ -95,6 +95,22 @@ ZOO: Mapping[str, Specimen] = {
     ),
     "transposed": Specimen(zoo.transposed, IMAGES, {"0.0": 8, "2": 3}, {"7": OUTPUT}),
     "scaled": Specimen(zoo_wiring.Scaled, IMAGES, {"conv1": 6}, {"head.2": OUTPUT}),
+    "auxiliary": Specimen(
+        zoo_wiring.Auxiliary,
+        IMAGES,
+        {"first.0": 6, "second.0": 8},
+        {"early.0.0": UNREAD, "early.2.2": UNREAD, "head.2": OUTPUT},
+    ),
+    "fixed_filters": Specimen(
+        zoo_wiring.FixedFilters,
+        IMAGES,
+        {"first.0": 6, "second": 8},
+        {
+            "transform": "is made by a filter that is a buffer",
+            "projection": "buffer",
+            "out": OUTPUT,
+        },
+    ),
     "two_inputs": Specimen(
         zoo_wiring.TwoInputs, [IMAGES, (4,)], {"conv.0": 6, "linear": 7}, {"out": OUTPUT}
     ),

@@ -348,6 +348,18 @@ def test_weights_that_are_used_twice_are_not_fitted() -> None:
 
 
 @both
+def test_filters_that_are_buffers_keep_their_values(method: Method) -> None:
+    model, graph = traced("fixed_filters")
+    small = prune(model, graph, half(graph))
+    data = calibration("fixed_filters")
+    fitted = reconstruct(small, model, graph, half(graph), data, method=method)
+    for name in ("blur", "transform", "projection"):
+        assert torch.equal(fitted.get_buffer(name), small.get_buffer(name))
+    unseen = draw(ZOO["fixed_filters"].shape, 128)
+    assert error(model, fitted, unseen) < error(model, small, unseen)  # the other layers make up
+
+
+@both
 def test_a_layer_that_cannot_carry_a_shift_is_fitted_without_one(method: Method) -> None:
     """Behind a ReLU inputs have a mean; without a bias or a norm, weights must make up for it."""
     torch.manual_seed(0)

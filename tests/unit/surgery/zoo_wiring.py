@@ -28,6 +28,27 @@ class Scaled(nn.Module):
         return self.head(F.relu(x - self.mean))
 
 
+class FixedFilters(nn.Module):
+    """Filters that are buffers: a blur per channel, a transform of all, a fixed random layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv_bn(3, 6), nn.Conv2d(6, 8, 3)
+        self.blur = nn.Buffer(
+            torch.tensor([1.0, 2.0, 1.0]).outer(torch.ones(3)).repeat(6, 1, 1, 1)
+        )
+        self.transform = nn.Buffer(torch.linalg.qr(torch.randn(8, 8)).Q[:, :, None, None])
+        self.projection = nn.Buffer(torch.randn(12, 8))
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.first(x))
+        x = F.conv2d(x, self.blur / 12, stride=2, padding=1, groups=x.shape[1])
+        x = F.conv2d(F.relu(self.second(x)), self.transform)
+        x = F.linear(F.relu(x).mean((2, 3)), self.projection)
+        return self.out(F.relu(x))
+
+
 class TwoInputs(nn.Module):
     """Images and vectors, given by position or by name."""
 
@@ -53,6 +74,22 @@ class TwoOutputs(nn.Module):
         x = F.relu(self.first(x))
         features = F.relu(self.second(x))
         return self.classes(features), {"boxes": self.boxes(x), "features": features}
+
+
+class Auxiliary(nn.Module):
+    """A head that only training returns, though it always runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv_bn(3, 6), conv_bn(6, 8)
+        self.early = nn.Sequential(conv_bn(6, 7), nn.ReLU(), classifier(7))
+        self.head = classifier(8)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.first(x))
+        early = self.early(x)
+        late = self.head(F.relu(self.second(x)))
+        return (late, early) if self.training else late
 
 
 class FixedView(nn.Module):
