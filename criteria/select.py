@@ -54,7 +54,7 @@ def select(
         blocks: Saliencies of removable blocks that may leave too, from `block_saliency`.
         bounds: Which counts groups may keep, and which blocks may go.
         within: How far under the budget the plan may lie, as a share of it, where single units
-            are coarser than one percent.
+            or the removed blocks are coarser than one percent.
 
     Returns:
         A plan with `0.99 * target < macs <= target`, or `within` under it, or with the given
@@ -97,7 +97,7 @@ def select(
 
     def planned(gone: tuple[str, ...]) -> PruningPlan:
         allowance = _allowance(graph, gone, bounds)
-        _check_reachable(allowance, target, gone)
+        _check_reachable(allowance, target, gone, within)
         priorities = _priorities(allowance.groups, saliency, allocation)
         return PruningPlan(fit(allowance, priorities, target, within), gone)
 
@@ -194,7 +194,9 @@ def _block_priority(
     return float((units < score).double().mean()) if len(units) else 0.0
 
 
-def _check_reachable(allowance: Allowance, target: int, removed: tuple[str, ...]) -> None:
+def _check_reachable(
+    allowance: Allowance, target: int, removed: tuple[str, ...], within: float
+) -> None:
     dense = allowance.dense
     if allowance.smallest > target:
         raise InfeasibleBudget(
@@ -204,8 +206,8 @@ def _check_reachable(allowance: Allowance, target: int, removed: tuple[str, ...]
         )
     if allowance.largest <= 0.99 * target:
         reached = f"{allowance.largest:,} MACs ({allowance.largest / dense:.2%}"
-        if removed and allowance.coarse:
-            return  # as elsewhere with multiples, the plan lies further below
+        if removed and (allowance.coarse or allowance.largest > (1 - within) * target):
+            return  # blocks are coarser than units: the plan lies further below
         if removed:
             raise InfeasibleBudget(
                 f"removing the blocks alone leaves {reached} of the dense network), more than 1 % "

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from paretoprune.criteria import Bounds, select, smallest_macs, target_macs
 from paretoprune.criteria.budget import Allowance
-from paretoprune.criteria.select import rankable
+from paretoprune.criteria.select import largest_macs, rankable
 from paretoprune.experiments.models import digits_resnet
 from paretoprune.surgery import InfeasibleBudget, PruningGraph, PruningPlan, trace
 from tests.unit.surgery.specimens import traced
@@ -412,3 +412,14 @@ def test_blocks_that_are_asked_to_leave_never_stay() -> None:
         select(graph, saliency, budget=0.25, removed=("1",))
     with pytest.raises(InfeasibleBudget):
         select(graph, saliency, budget=0.25, removed=("1",), blocks={"2": -1.0})
+
+
+def test_blocks_that_are_asked_to_leave_may_undercut_the_budget_where_that_is_allowed() -> None:
+    graph, every = digits(), tuple(digits().blocks)
+    saliency = random_saliency(graph, 0)
+    under = 1 - largest_macs(graph, every) / target_macs(graph, 0.9)
+    assert under > 0.01
+    plan = select(graph, saliency, budget=0.9, removed=every, within=under + 1e-6)
+    assert plan == PruningPlan(removed=every)
+    with pytest.raises(InfeasibleBudget, match="remove fewer blocks"):
+        select(graph, saliency, budget=0.9, removed=every, within=under - 1e-6)

@@ -265,6 +265,21 @@ def test_multiples_and_blocks_that_leave_few_sizes_still_give_plans() -> None:
         assert plan.removed
 
 
+def test_blocks_that_jump_over_the_budget_still_give_plans() -> None:
+    """Where units may hardly go, the sizes that blocks leave lie far from each other."""
+    torch.manual_seed(0)
+    graph = trace(digits_resnet(), torch.randn(1, 1, 8, 8))
+    saliencies = {"l2": {g.name: torch.rand(g.size) for g in graph.open_groups}}
+    bounds, target = Bounds(max_ratio=0.05), graph.cost().macs // 2
+    space = SearchSpace.of(graph, saliencies, target, tuple(graph.blocks), bounds=bounds)
+    macs = []
+    for parameters in space.seeds(60):
+        candidate = space.suggest(Suggests(parameters))
+        macs.append(graph.cost(space.decode(candidate, graph, saliencies)).macs)
+        assert macs[-1] <= candidate.budget * graph.cost().macs
+    assert max(macs) < 0.99 * target
+
+
 def test_groups_of_a_stage_share_an_offset(setting: Setting) -> None:
     graph, _ = setting
     space = space_of(setting, granularity="stage")
