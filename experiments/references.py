@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import pickle
 import sys
 import sysconfig
 import traceback
@@ -314,6 +315,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own words advise to run what it holds
+        raise ValueError(
+            f"{file} cannot be read as weights: it holds something else than tensors, which is "
+            f"not read because that could run code; save the network's state_dict()."
+        ) from error
     except Exception as error:  # each reader has its own errors for a damaged file
         raise ValueError(f"{file} cannot be read as weights: {first_line(error)}") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded

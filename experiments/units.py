@@ -30,9 +30,10 @@ def parse_flops(text: str) -> float | int:
         return number / 100
     macs = round(number * _SUFFIXES[suffix])
     if suffix == "" and macs < 1000:  # 0.5 or 50 is a share that lost its percent sign
+        share = f"{text.strip()}% (or 50% for one half)" if 0 < number <= 100 else "it as 50%"
         raise ValueError(
             f"a FLOPs target without suffix counts MACs and is at least 1000, but got {text!r}; "
-            f"for a share write {text.strip()}% (or 50% for one half)."
+            f"for a share write {share}."
         )
     return macs
 

@@ -331,16 +331,11 @@ def _open_storage(
         except BaseException:
             backend.close()
             raise
+    check_storage(storage)
     if read_only:
         _check_file(storage)
     with _quiet():
-        try:
-            database = optuna.storages.RDBStorage(storage)
-        except ImportError as error:
-            raise ValueError(
-                f"no driver for {storage.split(':')[0]} is installed; for PostgreSQL: "
-                f"pip install 'paretoprune[postgres]'."
-            ) from error
+        database = optuna.storages.RDBStorage(storage)
         try:
             unlock = None if read_only else _lock_database(database)
         except BaseException:
@@ -357,6 +352,39 @@ def _open_storage(
     return optuna.storages.get_storage(database), close
 
 
+def check_storage(storage: str) -> None:
+    """Verifies that a database is one that a study may lie in, without connecting to it.
+
+    Args:
+        storage: Its URL.
+
+    Raises:
+        ValueError: If it is neither SQLite, in a folder that is there, nor PostgreSQL with a
+            driver: those drop a lock with its holder.
+    """
+    try:
+        url = sqlalchemy.make_url(storage)
+        kind = url.get_backend_name()
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # the latter for a port that is no number
+        raise ValueError(
+            "a database is named by a URL such as sqlite:///trials.db or "
+            "postgresql://user:password@host/name, but got something else."
+        ) from None
+    file = (url.database or None) if kind == "sqlite" else None
+    if file is None and kind != "postgresql":
+        got = url.render_as_string()  # without the password
+        raise ValueError(f"a study lies in a file of SQLite or in PostgreSQL, but got {got}.")
+    try:
+        url.get_dialect().import_dbapi()
+    except (ImportError, sqlalchemy.exc.NoSuchModuleError):
+        raise ValueError(
+            f"no driver for {url.drivername} is installed; for PostgreSQL: "
+            f"pip install 'paretoprune[postgres]'."
+        ) from None
+    if file is not None and not Path(file).parent.is_dir():
+        raise ValueError(f"a file of SQLite lies in a folder that is there, but got {file}.")
+
+
 def _check_file(storage: str) -> None:
     """Raises `FileNotFoundError` where opening a database of SQLite would create its file."""
     url = sqlalchemy.make_url(storage)
@@ -369,7 +397,6 @@ def _lock_database(database: optuna.storages.RDBStorage) -> Callable[[], None]:
 
     Raises:
         RunLocked: If another process is.
-        ValueError: If the database is none of those that drop a lock with its holder.
     """
     url = database.engine.url
     if url.get_backend_name() == "sqlite" and url.database:
@@ -378,18 +405,14 @@ def _lock_database(database: optuna.storages.RDBStorage) -> Callable[[], None]:
             file = opened.enter_context(path.with_name(f"{path.name}.lock").open("ab"))
             lock(file, path)
             return opened.pop_all().close
-    if url.get_backend_name() == "postgresql":
-        connection = database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        if not connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_LOCK})").scalar():
-            connection.close()
-            raise RunLocked(
-                f"another search is running in the database {url.database!r}; wait until it ends "
-                f"or stop it first."
-            )
-        return connection.close
-    raise ValueError(
-        f"a study lies in a file of SQLite or in PostgreSQL, but got {url.get_backend_name()}."
-    )
+    connection = database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    if not connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_LOCK})").scalar():
+        connection.close()
+        raise RunLocked(
+            f"another search is running in the database {url.database!r}; wait until it ends "
+            f"or stop it first."
+        )
+    return connection.close
 
 
 def _records(study: optuna.Study) -> list[Record]:

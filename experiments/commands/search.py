@@ -67,7 +67,7 @@ def search(
     if run is not None:
         runs.check_name(runs_dir, run)
     if spec.storage is not None:
-        _check_unused(spec.storage)
+        _check_storage(spec.storage)
     problem = problem_of(spec, quiet)
     check_reports(spec.reports, problem)
     name = run or runs.default_name(runs_dir, problem.name, spec.flops)
@@ -84,8 +84,11 @@ def search(
     return name
 
 
-def _check_unused(storage: str) -> None:
-    """Verifies that a database holds no search; another one would take its trials for its own."""
+def _check_storage(storage: str) -> None:
+    """Verifies that a database can hold a search, and holds none whose trials it would take."""
+    from paretoprune.search.study import check_storage  # Optuna takes a while to import
+
+    check_storage(storage)
     try:
         found = read_run(Path(), storage)
     except ValueError:
@@ -112,14 +115,14 @@ def resume(
     """Continues a run, to more trials where that is asked for; writes to MLflow what it lacks.
 
     Raises:
-        ValueError: If the run has as many trials already.
+        ValueError: If the run was asked for as many trials already.
     """
     folder, spec = runs.load_run(runs_dir, name)
     if trials is not None:
         if trials <= spec.trials:
             raise ValueError(
-                f"--trials of resume is more than the run has, but got {trials} and {name} has "
-                f"{spec.trials} trials already."
+                f"--trials of resume is more than the run was asked for, but got {trials} and "
+                f"{name} was asked for {spec.trials}."
             )
         spec = replace(spec, trials=trials)
     problem = problem_of(spec, quiet, folder)

@@ -46,9 +46,13 @@ def test_macs_survive_being_written(macs: int) -> None:
     assert parse_flops(format_target(macs)) == macs
 
 
-def test_a_bare_small_number_is_told_to_take_a_percent_sign() -> None:
-    with pytest.raises(ValueError, match="50%"):
-        parse_flops("50")
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [("50", "write 50%"), ("0.5", "write 0.5% \\(or 50%"), ("0", "write it as")],
+)
+def test_a_bare_small_number_is_told_to_take_a_percent_sign(text: str, advice: str) -> None:
+    with pytest.raises(ValueError, match=advice):
+        parse_flops(text)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0.9", 0.9), ("90%", 0.9), ("1", 1), (" 0% ", 0)])

@@ -306,6 +306,28 @@ def test_a_database_holds_one_search(
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("trials.db", "a database is named by a URL such as sqlite:///trials.db"),
+        ("postgresql://me:secret@host:port/name", "a database is named by a URL"),
+        ("mysql://me:secret@host/name", "or in PostgreSQL, but got mysql://me:***@host/name"),
+        ("postgresql+asyncpg://host/name", "no driver for postgresql+asyncpg is installed"),
+        ("sqlite:///nowhere/trials.db", "lies in a folder that is there, but got"),
+    ],
+)
+def test_what_is_no_database_is_refused_before_the_network_is_made(
+    url: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = str(tmp_path / "not there, and not looked for yet")
+    options = ("--flops", "60%", "--trials", "1", "--storage", url)
+    assert search(weights, tmp_path, "never", *options) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert said in error
+    assert "secret" not in error
+    assert not list(tmp_path.iterdir())
+
+
 TAKEN = """
 import shutil
 from pathlib import Path
