@@ -110,7 +110,7 @@ class Attempt:
     Attributes:
         outputs: Its floating-point outputs; None if it raised.
         error: What it raised, in one line.
-        module: The innermost module that raised; empty for the network itself.
+        module: The innermost module with code of the user's that raised; empty for the network.
     """
 
     outputs: list[Tensor] | None
@@ -149,10 +149,20 @@ def attempt(
             return Attempt(_tensors(small(*args, **kwargs)))
     except Exception as error:  # the code of the model depends on a size that changed
         said = f"the pruned network raises {_in_one_line(error)}"
-        return Attempt(None, said, running[-1] if running else "")
+        path = running[-1] if running else ""
+        while path and _is_of_torch(dense.get_submodule(path)):
+            path = path.rpartition(".")[0]
+        if not path and not _is_of_torch(dense):
+            said += "; wrapped, as in nn.Sequential(network), its code could be recorded"
+        return Attempt(None, said, path)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Returns whether a module's code is torch's own, which follows the sizes of its weights."""
+    return type(module).__module__.startswith("torch.")
 
 
 @contextmanager

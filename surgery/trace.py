@@ -96,27 +96,22 @@ def _recordings(
 ) -> dict[str, Recording]:
     """Returns what must stand for code that cannot follow half of the units going.
 
-    That is the code of the innermost module of the user's in which the pruned network raises, and
-    of all others of its class.
+    That is the code of the module in which the pruned network raises, and of all others of its
+    class. The network's own code is not among them: what is left shall be of its class.
 
     Args:
         model: The dense network.
         graph: Its graph.
         example_inputs: Inputs of one run.
-        path: The innermost module that raises; empty if none does.
+        path: The innermost module with code of the user's that raises; empty if none does.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     known = {id(modules[name]) for name in graph.recorded}
-    while path:
-        if id(modules[path]) in known:  # its sizes follow, so something else is wrong
-            break
-        kind = type(modules[path])
-        if not kind.__module__.startswith("torch."):
-            alike = [name for name, module in modules.items() if type(module) is kind]
-            found = record(model, graph, alike, example_inputs)
-            return {name: item for name, item in found.items() if name not in graph.recorded}
-        path = path.rpartition(".")[0]
-    return {}
+    if not path or id(modules[path]) in known:  # a recording follows: something else is wrong
+        return {}
+    alike = [name for name, module in modules.items() if type(module) is type(modules[path])]
+    found = record(model, graph, alike, example_inputs)
+    return {name: item for name, item in found.items() if name not in graph.recorded}
 
 
 def _form_groups(

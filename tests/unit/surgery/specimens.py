@@ -130,7 +130,14 @@ ZOO: Mapping[str, Specimen] = {
         zoo_wiring.FixedView,
         IMAGES,
         {"first.0": 6},
-        {"second.0": "self-check failed: the pruned network raises", "head": OUTPUT},
+        {"second.0": "wrapped, as in nn.Sequential(network), its code could", "head": OUTPUT},
+    ),
+    "fixed_view_wrapped": Specimen(
+        lambda: nn.Sequential(zoo_wiring.FixedView()),
+        IMAGES,
+        {"0.first.0": 6, "0.second.0": 8},
+        {"0.head": OUTPUT},
+        recorded=("0",),
     ),
     "tokens": Specimen(zoo_wiring.Tokens, IMAGES, {"embed": 6, "up": 10}, {"out": OUTPUT}),
     "unflattened": Specimen(
