@@ -28,6 +28,7 @@ SHAPE_ATTRIBUTES: Mapping[type[nn.Module], tuple[str, ...]] = MappingProxyType(
         nn.MultiheadAttention: ("embed_dim", "kdim", "vdim", "num_heads"),
         nn.RNNBase: ("input_size", "hidden_size", "proj_size"),
         nn.RNNCellBase: ("input_size", "hidden_size"),
+        nn.Unflatten: ("unflattened_size",),
     }
 )
 """Layer types and the attributes that surgery rewrites; an export stores exactly these."""
@@ -84,9 +85,10 @@ def set_attribute(module: nn.Module, name: str, value: int | Sequence[int]) -> N
 def has_numbers(module: nn.Module) -> bool:
     """Whether sizes in a module's code may be in its attributes alone.
 
-    Torch's own layers have weights to follow, except norms that are built without any.
+    Torch's own layers have weights to follow, except norms that are built without any, and what
+    only views.
     """
-    if not type(module).__module__.startswith("torch."):
+    if isinstance(module, nn.Unflatten) or not type(module).__module__.startswith("torch."):
         return True
     norms = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
     tensors = (*module._parameters.values(), *module._buffers.values())

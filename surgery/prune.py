@@ -21,7 +21,7 @@ from paretoprune.surgery.graph import PruningGraph
 from paretoprune.surgery.groups import layer_of
 from paretoprune.surgery.plan import PruningPlan
 from paretoprune.surgery.recorded import Recorded
-from paretoprune.surgery.resize import padded_widths
+from paretoprune.surgery.resize import padded_widths, viewed
 from paretoprune.surgery.skip import Skip
 
 _AT_ONCE = 2**18
@@ -201,7 +201,9 @@ def _follow(
         def own(attribute: str, name: str = name, alike: Sequence[str] = alike) -> int | None:
             return _own_size(attribute, name, alike, written, copies, graph)
 
-        follow_numbers(copies[name], sizes, _sequences(graph, name, mask), own)
+        several = any(isinstance(value, tuple) for value in written[name].values())
+        sequences = _sequences(graph, name, mask) if several else {}
+        follow_numbers(copies[name], sizes, sequences, own)
     for name, (dim, units) in graph.pads.items():
         if name in copies:
             pad: Any = copies[name]
@@ -247,11 +249,18 @@ def _own_size(
 def _sequences(
     graph: PruningGraph, module: str, mask: Tensor
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Returns what the sizes of the parts become, for every split in a module's code."""
+    """Returns what lists of sizes in a module's code become: those of splits and of views."""
     sequences = {}
-    for name, cut in graph.cuts.items():
-        if graph.program.nodes[name].module == module:
+    for name in (*graph.cuts, *graph.layouts):
+        node = graph.program.nodes[name]
+        if node.module != module:
+            continue
+        if name in graph.cuts:
+            cut = graph.cuts[name]
             sequences[_differences(cut.stops)] = _differences(cut.kept(mask))
+        elif (sizes := viewed(graph, node, mask)) is not None:
+            for first in range(2):  # code writes the size of the batch apart
+                sequences[sizes[0][first:]] = sizes[1][first:]
     return sequences
 
 

@@ -31,6 +31,26 @@ def resized(graph: PruningGraph, node: Node, mask: Tensor) -> Node:
     return dataclasses.replace(node, args=args)
 
 
+def viewed(
+    graph: PruningGraph, node: Node, mask: Tensor
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the sizes that a view's code writes, and what they become; None for other nodes.
+
+    Args:
+        graph: From `trace`.
+        node: A call of its program.
+        mask: From `graph.kept_mask`.
+    """
+    if node.operator not in VIEWS or node.name not in graph.layouts:
+        return None
+    sizes = node.args[_sizes_at(node)]
+    return tuple(map(int, sizes)), tuple(map(int, _sizes(graph, node, sizes, mask)))
+
+
+def _sizes_at(node: Node) -> int:
+    return 2 if node.operator == "unflatten" else 1
+
+
 def _resized(graph: PruningGraph, node: Node, mask: Tensor) -> tuple[int, tuple[Any, ...] | None]:
     """Returns the arguments that change, and the position of the first."""
     operator = node.operator
@@ -38,7 +58,7 @@ def _resized(graph: PruningGraph, node: Node, mask: Tensor) -> tuple[int, tuple[
         position = FILLS[operator]
         return position, (_sizes(graph, node, node.args[position], mask),)
     if operator in VIEWS and node.name in graph.layouts:
-        position = 2 if operator == "unflatten" else 1
+        position = _sizes_at(node)
         return position, (_sizes(graph, node, node.args[position], mask),)
     if node.name in graph.cuts:
         return _cut(graph, node, mask)

@@ -22,6 +22,9 @@ def convolution(tracer: Tracer, node: Node, *, transposed: bool = False) -> Resu
     shape = out(node)
     weight_shape = tracer.shape(node.args[1])
     channel_dim = len(shape) - (len(weight_shape) - 1)
+    if channel_dim in source.varying:  # features that were viewed as images: channels of them go
+        elsewhere = [dim for dim in source.varying if dim != channel_dim]
+        source = tracer.narrowed(source, elsewhere)
     channels = source.line(channel_dim)
     if weight is None or channels is None:
         computed = (

@@ -143,6 +143,18 @@ ZOO: Mapping[str, Specimen] = {
     "unflattened": Specimen(
         zoo_wiring.Unflattened, IMAGES, {"conv": 6, "mix": 4}, {"head.2": OUTPUT}
     ),
+    "generator": Specimen(
+        lambda: zoo_wiring.generator(nn.Unflatten(1, (4, 4, 4)), nn.Identity()),
+        (10,),
+        {"0": 4, "4": 6},
+        {"6": OUTPUT},
+    ),
+    "generator_by_view": Specimen(
+        lambda: zoo_wiring.generator(zoo_wiring.Viewed(4, 4, 4), nn.BatchNorm2d(4)),
+        (10,),
+        {"0": 4, "4": 6},
+        {"6": OUTPUT},
+    ),
     "nested": Specimen(
         zoo_wiring.Nested,
         IMAGES,

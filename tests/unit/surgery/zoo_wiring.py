@@ -122,6 +122,23 @@ class Tokens(nn.Module):
         return self.out(x[:, 0] + x.mean(1))
 
 
+class Viewed(nn.Module):
+    """Views features as images of a size that is an attribute."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, *self.shape)
+
+
+def generator(view: nn.Module, norm: nn.Module) -> nn.Module:
+    """Returns a network from 10 numbers to an image, by way of 4 channels of 4 x 4."""
+    grows, paints = nn.ConvTranspose2d(4, 6, 4, 2, 1), nn.Conv2d(6, 3, 3)
+    return nn.Sequential(nn.Linear(10, 64), view, norm, nn.ReLU(), grows, nn.ReLU(), paints)
+
+
 class Unflattened(nn.Module):
     """Split into parts and unflattened by sizes that the code computes."""
 
