@@ -185,7 +185,8 @@ def _nudge(allowance: Allowance, levels: Tensor, target: int, within: float) -> 
     pairs = (single[:, None] + single[None]).reshape(-1, size).unique(dim=0)
     seen = {tuple(levels.tolist())}
     most, best = allowance.macs_at(levels[None]).item(), levels
-    for _ in range(_ROUNDS):
+    able = not bool((levels == allowance.tops).all())  # else nothing is left to take back
+    for _ in range(_ROUNDS * able):
         near = levels + pairs
         near = near[((near >= 0) & (near <= allowance.tops)).all(1)]
         macs = allowance.macs_at(near)

@@ -162,14 +162,14 @@ def smallest_macs(
     graph: PruningGraph, removed: tuple[str, ...] = (), bounds: Bounds = UNBOUNDED
 ) -> int:
     """Returns the MACs with the fewest units in every group and the given blocks removed."""
-    return _allowance(graph, removed, bounds).smallest
+    return _allowance(graph, tuple(removed), bounds).smallest
 
 
 def largest_macs(
     graph: PruningGraph, removed: tuple[str, ...] = (), bounds: Bounds = UNBOUNDED
 ) -> int:
     """Returns the MACs with the most units in every group and the given blocks removed."""
-    return _allowance(graph, removed, bounds).largest
+    return _allowance(graph, tuple(removed), bounds).largest
 
 
 @functools.lru_cache(maxsize=32)  # asked for again with every plan of a search

@@ -317,8 +317,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own words advise to run what it holds
         raise ValueError(
-            f"{file} cannot be read as weights: it holds something else than tensors, which is "
-            f"not read because that could run code; save the network's state_dict()."
+            f"{file} cannot be read as weights: it is damaged, or holds something else than "
+            f"tensors, which is not read because that could run code; save a state_dict()."
         ) from error
     except Exception as error:  # each reader has its own errors for a damaged file
         raise ValueError(f"{file} cannot be read as weights: {first_line(error)}") from error

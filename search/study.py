@@ -370,9 +370,10 @@ def check_storage(storage: str) -> None:
             "a database is named by a URL such as sqlite:///trials.db or "
             "postgresql://user:password@host/name, but got something else."
         ) from None
-    file = (url.database or None) if kind == "sqlite" else None
+    path = url.database or ":memory:"
+    file = path if kind == "sqlite" and not path.startswith((":memory:", "file:")) else None
     if file is None and kind != "postgresql":
-        got = url.render_as_string()  # without the password
+        got = url.set(query={}).render_as_string()  # without a password
         raise ValueError(f"a study lies in a file of SQLite or in PostgreSQL, but got {got}.")
     try:
         url.get_dialect().import_dbapi()
@@ -381,7 +382,7 @@ def check_storage(storage: str) -> None:
             f"no driver for {url.drivername} is installed; for PostgreSQL: "
             f"pip install 'paretoprune[postgres]'."
         ) from None
-    if file is not None and not Path(file).parent.is_dir():
+    if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
         raise ValueError(f"a file of SQLite lies in a folder that is there, but got {file}.")
 
 

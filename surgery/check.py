@@ -137,7 +137,8 @@ def attempt(
     running: list[str] = []
 
     def enter(module: nn.Module, _: Any) -> None:
-        running.append(names.get(module, ""))
+        outer = running[-1] if running else ""  # of a layer that code makes as it runs
+        running.append(names.get(module, outer))
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         running.pop()

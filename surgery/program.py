@@ -114,15 +114,30 @@ class Program:
         return users
 
     def read_for_outputs(self) -> set[str]:
-        """Returns the names of the values that an output depends on.
-
-        So does, for all that is known here, whatever is overwritten.
-        """
-        found = set(self.outputs)
+        """Returns the names of the values that an output depends on, overwritten ones, too."""
+        found: set[str] = set()
+        memory: set[str] = set()  # that of the values found, by the value that made it
+        for name in self.outputs:
+            found.add(name)
+            memory.add(self._made_by(name))
         for node in reversed(list(self.nodes.values())):
-            if node.name in found or node.in_place:
-                found.update(node.refs())
+            overwritten = node.args[0] if node.in_place and node.args else None
+            read = isinstance(overwritten, Ref) and self._made_by(overwritten.name) in memory
+            if read or node.name in found:
+                for name in node.refs():
+                    found.add(name)
+                    memory.add(self._made_by(name))
         return found
+
+    def _made_by(self, name: str) -> str:
+        """Returns the value of whose memory a value is a part, itself if it is none's."""
+        node = self.nodes[name]
+        while node.kind == "call" and node.args and isinstance(node.args[0], Ref):
+            schema = getattr(resolve_target(node.target), "_schema", None)
+            if schema is not None and all(each.alias_info is None for each in schema.returns):
+                break
+            node = self.nodes[node.args[0].name]
+        return node.name
 
 
 def references(value: Any) -> Iterator[str]:

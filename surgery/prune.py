@@ -250,7 +250,7 @@ def _sequences(
     graph: PruningGraph, module: str, mask: Tensor
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Returns what lists of sizes in a module's code become: those of splits and of views."""
-    sequences = {}
+    sequences: dict[tuple[int, ...], tuple[int, ...]] = {}
     for name in (*graph.cuts, *graph.layouts):
         node = graph.program.nodes[name]
         if node.module != module:
@@ -260,7 +260,9 @@ def _sequences(
             sequences[_differences(cut.stops)] = _differences(cut.kept(mask))
         elif (sizes := viewed(graph, node, mask)) is not None:
             for first in range(2):  # code writes the size of the batch apart
-                sequences[sizes[0][first:]] = sizes[1][first:]
+                old = sizes[0][first:]
+                if len(old) > 2 or node.operator == "unflatten":  # two are often those of an image
+                    sequences.setdefault(old, sizes[1][first:])  # a split's parts are known better
     return sequences
 
 

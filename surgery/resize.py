@@ -41,10 +41,17 @@ def viewed(
         node: A call of its program.
         mask: From `graph.kept_mask`.
     """
-    if node.operator not in VIEWS or node.name not in graph.layouts:
+    if not _writes_sizes(graph, node):
         return None
     sizes = node.args[_sizes_at(node)]
     return tuple(map(int, sizes)), tuple(map(int, _sizes(graph, node, sizes, mask)))
+
+
+def _writes_sizes(graph: PruningGraph, node: Node) -> bool:
+    """Whether a node is a view that writes sizes, and not a type."""
+    if node.operator not in VIEWS or node.name not in graph.layouts:
+        return False
+    return isinstance(node.args[_sizes_at(node)], (tuple, list))
 
 
 def _sizes_at(node: Node) -> int:
@@ -57,7 +64,7 @@ def _resized(graph: PruningGraph, node: Node, mask: Tensor) -> tuple[int, tuple[
     if operator in FILLS and node.name in graph.layouts:
         position = FILLS[operator]
         return position, (_sizes(graph, node, node.args[position], mask),)
-    if operator in VIEWS and node.name in graph.layouts:
+    if _writes_sizes(graph, node):
         position = _sizes_at(node)
         return position, (_sizes(graph, node, node.args[position], mask),)
     if node.name in graph.cuts:

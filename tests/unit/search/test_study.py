@@ -20,7 +20,7 @@ from paretoprune.search import (
     RunLocked,
     read_run,
 )
-from paretoprune.search.study import AskedTrial, Study, read_study
+from paretoprune.search.study import AskedTrial, Study, check_storage, read_study
 from paretoprune.surgery import Cost, PruningPlan
 
 OpenStudy = Callable[..., Study]
@@ -332,3 +332,16 @@ def test_reading_makes_no_database(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no search: .*moved\.db is not there"):
         read_run(tmp_path, f"sqlite:///{file}")
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:mem?mode=memory&uri=true"]
+)
+def test_a_database_in_memory_holds_no_study(url: str) -> None:
+    with pytest.raises(ValueError, match="a study lies in a file of SQLite or in PostgreSQL"):
+        check_storage(url)
+
+
+def test_a_folder_is_no_database(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lies in a folder that is there, but got"):
+        check_storage(f"sqlite:///{tmp_path}")

@@ -143,6 +143,25 @@ ZOO: Mapping[str, Specimen] = {
     "unflattened": Specimen(
         zoo_wiring.Unflattened, IMAGES, {"conv": 6, "mix": 4}, {"head.2": OUTPUT}
     ),
+    "image_size_like_a_view": Specimen(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, 1, 1),
+            zoo_wiring.Squared(),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(96, 5),
+        ),
+        IMAGES,
+        {"0": 8, "1.mix": 12},
+        {"4": OUTPUT},
+    ),
+    "layer_made_in_forward": Specimen(
+        lambda: nn.Sequential(nn.Linear(10, 8), nn.ReLU(), zoo_wiring.Partly(), nn.Linear(8, 5)),
+        (10,),
+        {"0": 8, "2.inner": 4, "2.outer": 8},
+        {"3": OUTPUT},
+        recorded=("2",),
+    ),
     "generator": Specimen(
         lambda: zoo_wiring.generator(nn.Unflatten(1, (4, 4, 4)), nn.Identity()),
         (10,),

@@ -82,7 +82,7 @@ class Auxiliary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = conv_bn(3, 6), conv_bn(6, 8)
-        self.early = nn.Sequential(conv_bn(6, 7), nn.ReLU(), classifier(7))
+        self.early = nn.Sequential(conv_bn(6, 7), nn.ReLU(inplace=True), classifier(7))
         self.head = classifier(8)
 
     def forward(self, x: Tensor) -> Any:
@@ -120,6 +120,35 @@ class Tokens(nn.Module):
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
         x = x + self.down(F.relu(self.up(x)))
         return self.out(x[:, 0] + x.mean(1))
+
+
+class Squared(nn.Module):
+    """An image size that equals the sizes of a view by chance, and bits that are viewed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crop, self.channels = (8, 8), 8
+        self.mix = nn.Conv1d(8, 12, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            x = F.interpolate(x, self.crop)
+        x = x.mean(3).view(x.shape[0], self.channels, 8)
+        if not self.training:
+            x = (x.view(torch.int32) & -65536).view(torch.float32)
+        return self.mix(x)
+
+
+class Partly(nn.Module):
+    """Makes a layer as it runs, with numbers that cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        x = nn.Unflatten(1, (4, 4))(self.inner(x))
+        return self.outer(F.relu(x).flatten(1))
 
 
 class Viewed(nn.Module):
