@@ -367,8 +367,8 @@ def check_storage(storage: str) -> None:
         kind = url.get_backend_name()
     except (sqlalchemy.exc.ArgumentError, ValueError):  # the latter for a port that is no number
         raise ValueError(
-            "a database is named by a URL such as sqlite:///trials.db or "
-            "postgresql://user:password@host/name, but got something else."
+            f"a database is named by a URL such as sqlite:///trials.db or "
+            f"postgresql://user:password@host/name, but got {storage.rpartition('@')[2]!r}."
         ) from None
     path = url.database or ":memory:"
     file = path if kind == "sqlite" and not path.startswith((":memory:", "file:")) else None

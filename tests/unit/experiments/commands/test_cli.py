@@ -269,7 +269,8 @@ BAD: dict[str, tuple[Sequence[str], str]] = {
     ),
     "a database that nobody knows": (
         [*SEARCH, "--flops", "50%", "--storage", "files"],
-        "the study in files cannot be used (",
+        "a database is named by a URL such as sqlite:///trials.db or postgresql://user:password@"
+        "host/name, but got 'files'.",
     ),
     "a database in memory": (
         [*SEARCH, "--flops", "50%", "--storage", "sqlite:///:memory:"],

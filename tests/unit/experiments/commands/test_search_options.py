@@ -204,7 +204,7 @@ def test_a_finished_search_goes_on_to_more_trials(
     assert len(read_run(tmp_path / "more").records) == 4
     capsys.readouterr()
     assert main([*resume, "--trials", "4"]) == 2
-    assert "more than the run has, but got 4 and more has 4" in capsys.readouterr().err
+    assert "but got 4 and more was asked for 4" in capsys.readouterr().err
     assert main(resume) == 0  # remembered: there is nothing left to do
     assert len(read_run(tmp_path / "more").records) == 4
     before = (tmp_path / "more" / "run.json").read_bytes()
@@ -310,7 +310,7 @@ def test_a_database_holds_one_search(
     ("url", "said"),
     [
         ("trials.db", "a database is named by a URL such as sqlite:///trials.db"),
-        ("postgresql://me:secret@host:port/name", "a database is named by a URL"),
+        ("postgresql://me:secret@host:port/name", "password@host/name, but got 'host:port/name'"),
         ("mysql://me:secret@host/name", "or in PostgreSQL, but got mysql://me:***@host/name"),
         ("postgresql+asyncpg://host/name", "no driver for postgresql+asyncpg is installed"),
         ("sqlite:///nowhere/trials.db", "lies in a folder that is there, but got"),
